@@ -1,0 +1,52 @@
+# Everything a newcomer needs: `make sweep`, `make test`. The environment is made once, in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CONFIG ?= configs/quick.yaml
+
+.PHONY: help install sweep plan test check bench lock browser clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "quee needs Python 3.11; name it with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip check
+	@touch $@
+
+install: $(INSTALLED) ## Create .venv with the pinned dependencies
+
+sweep: $(INSTALLED) ## Run the sweep of CONFIG (configs/quick.yaml), then say where the report is
+	$(BIN)/quee sweep $(CONFIG)
+
+plan: $(INSTALLED) ## Say what the sweep of CONFIG would compute
+	$(BIN)/quee plan $(CONFIG)
+
+check: $(INSTALLED) ## Linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+browser: # the report's test opens it in a real browser
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
+	  { echo "the report's test needs Debian's chromium: apt-get install chromium chromium-driver" >&2; exit 1; }
+
+test: $(INSTALLED) browser check ## Linter, type checker and every test
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+bench: $(INSTALLED) ## Print the ratios that quee promises, and write them to benchmarks/results.json
+	$(BIN)/python benchmarks/run.py
+
+lock: ## Resolve the dependencies anew (pip-tools) after pyproject.toml has changed
+	$(BIN)/pip install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --no-header --output-file requirements.lock pyproject.toml
+
+clean: ## Remove the environment and caches; stores and runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

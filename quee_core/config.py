@@ -1,0 +1,263 @@
+"""What one sweep is: pydantic models of a sweep's YAML file, with bounds and a sentence for every setting."""
+
+import math
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quee_core.errors import ConfigError, did_you_mean
+from quee_core.paths import PathTree, PolicyName, check_bit_widths
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, refusing unknown fields, showing docstrings as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DatasetConfig(Section):
+    """Labelled images, and how they are divided."""
+
+    name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
+    root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
+    fit: Fraction = Field(0.40, description="Share of the non-test images for calibration, heads and PCA.")
+    target: Fraction = Field(0.45, description="Share of the non-test images for clusters, targets and predictors.")
+    select: Fraction = Field(0.15, description="Share of the non-test images for choosing operating points.")
+    test: Fraction = Field(0.0, description="Share for test, where the set has no official test part.")
+    seed: int = Field(0, ge=0, description="Seed of the hash that assigns images to splits.")
+    trained_on: Literal["none", "train", "unknown"] | None = Field(
+        None, description="Part that the backbone was trained on; by default what the data set's description says."
+    )
+    limit: int | None = Field(None, ge=50, description="At most this many images in each split.")
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> "DatasetConfig":
+        total = self.fit + self.target + self.select + self.test
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"fit + target + select + test = {total:g}; want 1")
+        if min(self.fit, self.target, self.select) <= 0:
+            raise ValueError("fit, target and select must each be above 0")
+        return self
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Share of each split, by name."""
+        return {"fit": self.fit, "target": self.target, "select": self.select, "test": self.test}
+
+
+class BackboneConfig(Section):
+    """A frozen pretrained classifier, and where it is cut."""
+
+    name: str = Field("micro_vit_fashion_mnist", description="A name that `quee backbones` lists.")
+    checkpoint: FilePath | None = Field(None, description="Weights: safetensors, or a pickle of plain tensors.")
+    pretrained: bool = Field(False, description="Download timm's own weights (needs a network).")
+    num_classes: int | None = Field(None, ge=2, description="Classes of the checkpoint's head, if not the model's own.")
+    image_size: int | None = Field(None, ge=8, description="Side of the input in pixels, if not the model's own.")
+    exits: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="Blocks that have run at each exit, ascending; by default four, evenly spaced."
+    )
+
+
+class PathsConfig(Section):
+    """Bit-widths, and which paths of the tree are kept."""
+
+    bits: tuple[int, ...] = Field((3, 4, 6), description="Bit-widths of weights and activations: 2 to 8, and 32.")
+    policy: PolicyName = Field("monotone", description="uniform, monotone (never rising), full or sampled.")
+    sampled_paths: int = Field(32, ge=1, description="Full-depth paths that the policy 'sampled' draws.")
+    seed: int = Field(0, ge=0, description="Seed of the policy 'sampled'.")
+
+    @field_validator("bits")
+    @classmethod
+    def _known_widths(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        try:
+            return check_bit_widths(bits)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    def tree(self, depth: int) -> PathTree:
+        """The kept paths for a backbone of `depth` exits."""
+        return PathTree.of(self.bits, depth, self.policy, sampled_paths=self.sampled_paths, seed=self.seed)
+
+
+class QuantizationConfig(Section):
+    """Post-training quantisation (design, section 3)."""
+
+    method: str = Field("mse", description="minmax or mse.")
+    images: int = Field(256, ge=8, description="Calibration images, out of `fit`.")
+
+
+class HeadsConfig(Section):
+    """Training of the exit heads (design, section 4)."""
+
+    epochs: int = Field(30, ge=1, description="Passes over the cached features.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
+    weight_decay: float = Field(0.05, ge=0)
+    batch: int = Field(512, ge=8, description="Rows a step.")
+    seed: int = Field(0, ge=0)
+
+
+class EmbeddingConfig(Section):
+    """The compact image features of a gate: PCA of the pooled tokens."""
+
+    dimensions: int = Field(32, ge=1, le=1024, description="PCA components kept.")
+
+
+class TargetsConfig(Section):
+    """Targets by discretising the feature space (design, section 7): every combination is a member of the grid."""
+
+    clusters: tuple[int | None, ...] = Field((None, 20, 100), description="K; null is infinite: labels as targets.")
+    shrinkage: tuple[Annotated[float, Field(gt=0)], ...] = Field((5.0,), description="n_0, in images.")
+    clustering_features: Literal["uncertainty", "embedding", "both"] = "both"
+    algorithm: Literal["kmeans", "minibatch"] = "kmeans"
+
+    @field_validator("clusters")
+    @classmethod
+    def _at_least_one(cls, clusters: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        if not clusters:
+            raise ValueError("empty; want at least one number of clusters, or null")
+        if bad := [k for k in clusters if k is not None and k < 1]:
+            raise ValueError(f"{bad}: a number of clusters is 1 or more, or null")
+        return clusters
+
+
+class PredictorConfig(Section):
+    """One predictor of the grid, with its hyper-parameters."""
+
+    name: str = Field(description="mlp, logistic, boosted_trees or nearest_cluster.")
+    features: Literal["uncertainty", "embedding", "both"] = "both"
+    options: dict[str, Any] = Field(default_factory=dict, description="Hyper-parameters of the predictor.")
+
+
+class PricesConfig(Section):
+    """The λ grid: errors that one full path of compute is worth."""
+
+    lowest: float = Field(1e-3, gt=0)
+    highest: float = Field(3.0, gt=0)
+    count: int = Field(100, ge=1, le=10_000)
+    values: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(None, description="An explicit grid instead.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PricesConfig":
+        if self.values is not None and not self.values:
+            raise ValueError("values: empty; want at least one price λ")
+        if self.values is None and self.lowest > self.highest:
+            raise ValueError(f"lowest {self.lowest:g} is above highest {self.highest:g}")
+        return self
+
+    def grid(self) -> NDArray[np.float64]:
+        """Prices λ, ascending, float64 [count]; 0 (accuracy alone) comes first where the grid is not explicit."""
+        if self.values is not None:
+            return np.unique(np.asarray(self.values, np.float64))
+        return np.concatenate([[0.0], np.geomspace(self.lowest, self.highest, self.count)])
+
+
+class CostConfig(Section):
+    """What a path costs."""
+
+    unit: Literal["bitops", "milliseconds"] = Field("bitops", description="Simulated BitOps, or time on this device.")
+    batch: int = Field(256, ge=1, description="Images a batch when time is measured.")
+    repeats: int = Field(5, ge=1, description="Timed runs, of which the median counts.")
+
+
+class EvaluationConfig(Section):
+    """How fronts are reported."""
+
+    budgets: tuple[Fraction, ...] = Field((0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8), description="Relative costs.")
+    resamples: int = Field(2000, ge=100, description="Bootstrap resamples.")
+    seed: int = Field(0, ge=0)
+
+
+class RunConfig(Section):
+    """Where and how the work is done; changes no result."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    batch: int = Field(256, ge=1, description="Images a batch in the walk.")
+    shards: int = Field(1, ge=1, le=4096, description="Image shards a split, each a task of its own.")
+    store: str = Field("store", description="URL or folder of the store of tables.")
+    runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
+    mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
+    dask_workers: int = Field(2, ge=1, le=256, description="Threads of the in-process Dask cluster.")
+    dask: str | None = Field(None, description="Address of a Dask scheduler to use instead.")
+
+
+DEFAULT_PREDICTORS = (
+    PredictorConfig(name="mlp"),
+    PredictorConfig(name="mlp", features="uncertainty"),
+    PredictorConfig(name="logistic"),
+    PredictorConfig(name="nearest_cluster"),
+)
+
+
+class SweepConfig(Section):
+    """One sweep: a data set, a backbone, a path tree, a grid of predictors, and the price grid."""
+
+    name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="Names the run's folder.")
+    dataset: DatasetConfig = DatasetConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    paths: PathsConfig = PathsConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    heads: HeadsConfig = HeadsConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    targets: TargetsConfig = TargetsConfig()
+    predictors: tuple[PredictorConfig, ...] = Field(DEFAULT_PREDICTORS, min_length=1)
+    prices: PricesConfig = PricesConfig()
+    cost: CostConfig = CostConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+    seed: int = Field(0, ge=0, description="Seed of clusterings and predictors.")
+
+
+def load_config(path: FilePath) -> SweepConfig:
+    """Read a sweep from YAML.
+
+    Raises ConfigError that names file and field, with the nearest known name for a misspelt one.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); want a YAML file such as configs/quick.yaml") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: want a mapping of sections at the top, found a {type(raw).__name__}")
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, source: str) -> SweepConfig:
+    """Check a sweep given as a mapping. Raises ConfigError naming `source` and every faulty field."""
+    try:
+        return SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        faults = [_fault(dict(e)) for e in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+
+
+def _fault(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "sweep"
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown field; {did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | list) or error["type"] == "missing" else f" (given: {given!r})"
+    return f"{place}: {message}{shown}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = SweepConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

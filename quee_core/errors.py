@@ -1,0 +1,64 @@
+"""Faults that a user can mend. The command line prints them in one line; anything else is a bug and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QueeError(Exception):
+    """Says what was wrong, where, and what to do about it; ends a command with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(QueeError):
+    """A sweep configuration, or a command-line option, that cannot be run."""
+
+
+class InvalidPathError(ConfigError):
+    """A path or path tree that names impossible bit-widths or exits."""
+
+
+class DataError(QueeError):
+    """A data set that is missing, unreadable or inconsistent; names the file or sample."""
+
+
+class BackboneError(QueeError):
+    """An unknown backbone, or one that cannot be cut as asked."""
+
+
+class CheckpointError(BackboneError):
+    """A weights file that is damaged, unsafe to load, or made for another model."""
+
+
+class QuantizationError(QueeError):
+    """A layer or calibration that cannot be quantised as asked."""
+
+
+class ShapeMismatchError(QueeError):
+    """Arrays that should describe the same images or paths and do not."""
+
+
+class NumericError(QueeError):
+    """Values that are not numbers where numbers are needed; names the place."""
+
+
+class StoreError(QueeError):
+    """A store that cannot be read or written."""
+
+
+class DamagedTableError(StoreError):
+    """A stored table or artefact whose contents are not what its manifest says."""
+
+
+class DeviceError(QueeError):
+    """A compute device that this machine does not have."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause that names the nearest known names, or all of them where none is near."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    shown = ", ".join(options[:20]) + (", …" if len(options) > 20 else "")
+    return f"known: {shown}"

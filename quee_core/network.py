@@ -1,0 +1,88 @@
+"""The network that a path runs through: quantised segments, exit heads and embeddings, one step at a time.
+
+The walk (features.py) and the router (router.py) both run on it, so that what a table says of a path is what
+the deployed network does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from quee_core.quantize.calibration import QuantizedBackbone
+
+
+@dataclass(frozen=True)
+class Projection:
+    """PCA of an exit's pooled tokens: mean float64 [2 d], components float64 [2 d, k]."""
+
+    mean: NDArray[np.float64]
+    components: NDArray[np.float64]
+
+    def __call__(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embedding float32 [n, k] of pooled tokens [n, 2 d].
+
+        Computed in float64: the table keeps float16, so the batch that an image comes in never shows.
+        """
+        embedding: NDArray[np.float32] = ((pooled.astype(np.float64) - self.mean) @ self.components).astype(np.float32)
+        return embedding
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an exit says of n images: logits float32 [n, classes], embedding float32 [n, k]."""
+
+    logits: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+
+
+class PathNetwork(nn.Module):
+    """Runs any path of a segmented, quantised backbone, segment by segment.
+
+    quantized: the backbone with its quantised segments. heads: one module per exit, pooled tokens to
+    logits; None for the last exit stands for the backbone's own head. projections: one per exit.
+    """
+
+    def __init__(
+        self, quantized: QuantizedBackbone, heads: Sequence[nn.Module | None], projections: Sequence[Projection]
+    ) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.heads = nn.ModuleList([nn.Identity() if head is None else head for head in heads])
+        self.own_head = tuple(head is None for head in heads)
+        self.projections = tuple(projections)
+        self.eval().requires_grad_(False)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of exits."""
+        return len(self.own_head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.quantized.backbone.parameters()).device
+
+    @torch.inference_mode()
+    def stem(self, images: Tensor) -> Tensor:
+        """Tokens float [n, t, d] of images float [n, c, h, w]."""
+        tokens: Tensor = self.quantized.stem(images)
+        return tokens
+
+    @torch.inference_mode()
+    def run(self, index: int, bits: int, tokens: Tensor) -> Tensor:
+        """Tokens behind segment `index` (from 0) at `bits`; the given tokens are left as they were."""
+        behind: Tensor = self.quantized.segments(index, bits)(tokens)
+        return behind
+
+    @torch.inference_mode()
+    def answer(self, exit: int, tokens: Tensor) -> Answer:
+        """Logits and embedding at exit `exit` (from 1)."""
+        pooled = self.quantized.backbone.pooled(tokens)
+        head = self.quantized.final if self.own_head[exit - 1] else self.heads[exit - 1]
+        logits = head(tokens if self.own_head[exit - 1] else pooled)
+        embedding = self.projections[exit - 1](pooled.float().cpu().numpy())
+        return Answer(logits.float().cpu().numpy(), embedding)

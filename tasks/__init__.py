@@ -1,0 +1,1 @@
+"""Prefect tasks: thin wrappers that each call one function of `quee_core`."""

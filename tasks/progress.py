@@ -1,0 +1,106 @@
+"""How far a sweep has come: tasks tell the listener of their context, and whoever started the flow chose it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+from quee_core.record import StageTiming
+
+logger = logging.getLogger("quee.progress")
+
+
+class Listener(Protocol):
+    """Hears of every stage's beginning, steps and end; called from several threads."""
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """A stage with `total` steps of `unit` starts."""
+
+    def advance(self, stage: str, steps: int) -> None:
+        """`steps` more are done."""
+
+    def end(self, stage: str, note: str) -> None:
+        """The stage is over."""
+
+
+class LogListener:
+    """Logs a line at each stage's beginning and end: what runs without a terminal hear."""
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """Log the start."""
+        logger.info("%s: %d %s", stage, total, unit)
+
+    def advance(self, stage: str, steps: int) -> None:
+        """Steps are not logged: there are thousands."""
+
+    def end(self, stage: str, note: str) -> None:
+        """Log the end."""
+        logger.info("%s: %s", stage, note)
+
+
+_listener: ContextVar[Listener] = ContextVar("quee_progress_listener")
+_DEFAULT = LogListener()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send the progress of everything that runs inside, in this context's threads too, to `listener`."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def advance(stage: str, steps: int) -> None:
+    """Tell the listener that `steps` more of `stage` are done."""
+    _listener.get(_DEFAULT).advance(stage, steps)
+
+
+@dataclass
+class StageClock:
+    """Counts a stage's work while it runs, from any thread, and sums it up as a record at the end."""
+
+    stage: str
+    unit: str
+    started: float
+    computed: int = 0
+    reused: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()
+
+    def count(self, *, computed: int = 0, reused: int = 0, images: int = 0) -> None:
+        """Add finished and found pieces of work, and images that went through the network."""
+        with self._lock:
+            self.computed += computed
+            self.reused += reused
+            self.images += images
+
+    def timing(self) -> StageTiming:
+        """The stage as the report shows it."""
+        rate = self.images / self.seconds if self.images and self.seconds else None
+        return StageTiming(
+            stage=self.stage, seconds=self.seconds, images_per_second=rate, computed=self.computed, reused=self.reused
+        )
+
+
+@contextmanager
+def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time.monotonic) -> Iterator[StageClock]:
+    """Announce a stage, time it, and announce its end, also when it fails."""
+    listener = _listener.get(_DEFAULT)
+    listener.begin(name, total, unit)
+    work = StageClock(name, unit, clock())
+    note = "failed"
+    try:
+        yield work
+        note = f"{work.computed} computed, {work.reused} from the store"
+    finally:
+        work.seconds = clock() - work.started
+        listener.end(name, f"{note}, {work.seconds:.1f} s")
