@@ -21,6 +21,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _known_widths(bits: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return check_bit_widths(bits)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("bits: ")) from None
+
+
 class DatasetConfig(Section):
     """Labelled images, and how they are divided."""
 
@@ -75,10 +82,7 @@ class PathsConfig(Section):
     @field_validator("bits")
     @classmethod
     def _known_widths(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
-        try:
-            return check_bit_widths(bits)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        return _known_widths(bits)
 
     def tree(self, depth: int) -> PathTree:
         """The kept paths for a backbone of `depth` exits."""
@@ -95,11 +99,21 @@ class QuantizationConfig(Section):
 class HeadsConfig(Section):
     """Training of the exit heads (design, section 4)."""
 
+    bits: tuple[int, ...] | None = Field(
+        None,
+        description="Precisions the heads are trained on, besides 32; by default paths.bits. "
+        "Fix it, and a sweep with one more bit-width reuses all tables of the others.",
+    )
     epochs: int = Field(30, ge=1, description="Passes over the cached features.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
     weight_decay: float = Field(0.05, ge=0)
     batch: int = Field(512, ge=8, description="Rows a step.")
     seed: int = Field(0, ge=0)
+
+    @field_validator("bits")
+    @classmethod
+    def _known_widths(cls, bits: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if bits is None else _known_widths(bits)
 
 
 class EmbeddingConfig(Section):
@@ -178,7 +192,7 @@ class RunConfig(Section):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     batch: int = Field(256, ge=1, description="Images a batch in the walk.")
-    shards: int = Field(1, ge=1, le=4096, description="Image shards a split, each a task of its own.")
+    shard_images: int = Field(5000, ge=1, description="Images of one shard: the work that a crash can lose.")
     store: str = Field("store", description="URL or folder of the store of tables.")
     runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
     mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")

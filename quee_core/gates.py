@@ -11,6 +11,7 @@ from quee_core.errors import ConfigError, InvalidPathError, NumericError, ShapeM
 from quee_core.paths import ROOT, Path, PathTree
 
 EXIT_NOW = 0  # an action; any other action is the bit-width of the next segment
+BLOCK_SCORES = 1 << 16  # scores held at once: half a MiB, so that they stay in the cache
 MAX_REPLAY_PATHS = np.iinfo(np.int16).max
 
 
@@ -66,7 +67,7 @@ def _table(tree: PathTree, gate: Path, costs: NDArray[np.float64]) -> GateTable:
 
 
 def check_prices(prices: ArrayLike) -> NDArray[np.float64]:
-    """The λ grid as float64 [Λ], order kept. Raises ConfigError if it is empty, or any λ is NaN, infinite or below 0."""
+    """The λ grid as float64 [Λ], order kept. Raises ConfigError if empty, or if any λ is NaN, infinite or below 0."""
     grid = np.atleast_1d(np.asarray(prices, np.float64))
     if grid.ndim != 1 or grid.size == 0:
         raise ConfigError(f"prices: a λ grid of shape {grid.shape}; want at least one price in a row")
@@ -153,7 +154,9 @@ def _play(stations: Mapping[Path, _Station], price: float, choice: NDArray[np.in
         if rows is None or not rows.size:
             continue
         alike = len(station.preferred) == 1
-        steps = station.steps[_best(station.preferred if alike else station.preferred[rows], price * station.costs)]
+        everyone = alike or len(rows) == len(station.preferred)
+        preferred = station.preferred if everyone else station.preferred[rows]
+        steps = station.steps[_best(preferred, price * station.costs)]
         for step, (path, position) in enumerate(station.outcomes):
             taken = rows[np.broadcast_to(steps == step, rows.shape)]
             if path in stations and path != gate:
@@ -163,13 +166,18 @@ def _play(stations: Mapping[Path, _Station], price: float, choice: NDArray[np.in
 
 
 def _best(preferred: NDArray[np.float64], priced: NDArray[np.float64]) -> NDArray[np.intp]:
-    # argmin takes the first of equals, so columns must stand in order of preference
-    best: NDArray[np.intp] = np.argmin(preferred + priced, axis=1)
+    """Column of the least score in each row. The first of equals, so columns must stand in order of preference."""
+    rows, columns = preferred.shape
+    best = np.empty(rows, np.intp)
+    block = max(1, BLOCK_SCORES // columns)
+    for start in range(0, rows, block):
+        piece = slice(start, start + block)
+        np.argmin(preferred[piece] + priced, axis=1, out=best[piece])
     return best
 
 
 def _preferred(table: GateTable, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-    return predicted[:, table.preference]
+    return np.take(predicted, table.preference, axis=1)  # rows contiguous, unlike predicted[:, preference]
 
 
 def _checked(table: GateTable, predicted: NDArray[np.float64]) -> NDArray[np.float64]:

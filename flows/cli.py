@@ -1,0 +1,264 @@
+"""The `quee` command."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quee_core import __version__
+from quee_core.errors import QueeError
+from quee_core.record import SweepRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="quee",
+    help="Give a pretrained vision classifier an input-dependent price: exit early, or continue at fewer bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
+DataRootOption = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder of the data set's files; replaces dataset.root.")
+]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")
+]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="URL or folder of the store of tables; replaces run.store.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N; replaces run.device.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", help="At most this many images in each split; replaces dataset.limit.")
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of records and reports.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def reporting_faults(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a user's fault as one line and end with its exit code; a bug keeps its traceback."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except QueeError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.secho("interrupted: what is finished is in the store; the same command continues", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"quee {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, Prefect's lines included.")] = False,
+) -> None:
+    """Set up logging and the surroundings of Prefect and MLflow before either is imported."""
+    _quiet_surroundings(verbose)
+
+
+@app.command()
+@reporting_faults
+def sweep(
+    config: ConfigArgument,
+    data_root: DataRootOption = None,
+    checkpoint: CheckpointOption = None,
+    store: StoreOption = None,
+    device: DeviceOption = None,
+    limit: LimitOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run what CONFIG asks for and the store lacks, then fit, replay and report the front."""
+    from flows.full_sweep import run_sweep
+
+    if dry_run:
+        plan(config, data_root, checkpoint, store, device, limit, as_json)
+        return
+    sweep_config = _configured(config, data_root, checkpoint, store, device, limit)
+    console = Console(stderr=as_json)
+    record, report = run_sweep(sweep_config, console)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=2))
+    else:
+        print_record(record, console)
+    console.print(f"report: {report}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@reporting_faults
+def plan(
+    config: ConfigArgument,
+    data_root: DataRootOption = None,
+    checkpoint: CheckpointOption = None,
+    store: StoreOption = None,
+    device: DeviceOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
+    from quee_core.estimate import estimate
+    from quee_core.plan import resolve
+
+    found = estimate(resolve(_configured(config, data_root, checkpoint, store, device, limit)))
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    table = Table("", "", show_header=False, title=f"plan of {config}")
+    for name, value in found.rows():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+@app.command()
+@reporting_faults
+def report(
+    run: Annotated[str, typer.Argument(help="Name of a run, or the path of its record.json.", metavar="RUN")],
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Print a finished run's front and write its report anew."""
+    from quee_core.report.page import render
+    from quee_core.runs import find_record, report_path
+
+    record, folder = find_record(run, runs)
+    page = report_path(folder)
+    page.write_text(render(record), "utf-8")
+    if as_json:
+        typer.echo(record.model_dump_json(indent=2))
+        return
+    console = Console()
+    print_record(record, console)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@reporting_faults
+def backbones(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.", metavar="[PATTERN]")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the backbones that can be swept: quee's own, and timm's vision transformers."""
+    from quee_core.backbones.registry import list_backbones
+
+    names = list_backbones(pattern)
+    typer.echo(json.dumps(names) if as_json else "\n".join(names))
+
+
+@app.command()
+@reporting_faults
+def datasets(as_json: JsonOption = False) -> None:
+    """List the data sets that can be swept, and which of them need files of yours."""
+    from quee_core.data.datasets import DATASETS
+
+    if as_json:
+        listed = [{"name": n, "needs_root": e.needs_root, "description": e.description} for n, e in DATASETS.items()]
+        typer.echo(json.dumps(listed, indent=2))
+        return
+    table = Table("name", "files", "description")
+    for name, entry in DATASETS.items():
+        table.add_row(name, "yours (--data-root)" if entry.needs_root else "bundled", entry.description)
+    Console().print(table)
+
+
+def print_record(record: SweepRecord, console: Console) -> None:
+    """The front at each budget with its interval, against the best baseline there, on the same test images."""
+    rows = [
+        (
+            f"{row.budget:.2f}",
+            f"{100 * row.accuracy:.2f}",
+            f"[{100 * row.low:.2f}, {100 * row.high:.2f}]",
+            f"{100 * row.baseline_accuracy:.2f}",
+            row.baseline,
+            f"{100 * row.difference:+.2f}",
+            f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]",
+        )
+        for row in record.budgets
+    ]
+    head = ("budget", "accuracy %", "95 %", "baseline %", "best baseline", "difference", "95 %")
+    title = f"{record.name}: {record.backbone} on {record.dataset}, n = {record.splits['test']} test images"
+    if not console.is_terminal:
+        console.print(title, highlight=False, soft_wrap=True)
+        for row in (head, *rows):
+            console.print("  ".join(f"{cell:>16}" for cell in row), highlight=False, soft_wrap=True, markup=False)
+    else:
+        table = Table(*head, title=title)
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        console.print(table)
+    console.print(
+        f"budgets are {record.cost_unit} relative to the full path at {max(record.bits)} bits; "
+        f"the cheapest path costs {record.cheapest_cost:.3f}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for caution in record.cautions:
+        console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Run the command; the console script of the package."""
+    app()
+
+
+def _configured(
+    config: Path,
+    data_root: Path | None,
+    checkpoint: Path | None,
+    store: str | None,
+    device: str | None,
+    limit: int | None,
+) -> Any:
+    from quee_core.config import load_config, parse_config
+
+    raw = load_config(config).model_dump(mode="python", exclude_unset=True)
+    for section, field, value in (
+        ("dataset", "root", data_root),
+        ("backbone", "checkpoint", checkpoint),
+        ("run", "store", store),
+        ("run", "device", device),
+        ("dataset", "limit", limit),
+    ):
+        if value is not None:
+            raw.setdefault(section, {})[field] = value
+    return parse_config(raw, source=str(config))
+
+
+def _quiet_surroundings(verbose: bool) -> None:
+    defaults = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+        "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PREFECT_HOME": str(Path("runs").resolve() / ".prefect"),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

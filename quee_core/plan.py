@@ -1,0 +1,199 @@
+"""What a sweep works on, resolved once: data set, splits, shards, backbone, tree, and the keys of its tables."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quee_core.backbones.registry import LoadedBackbone, load_backbone
+from quee_core.config import SweepConfig
+from quee_core.costs import edge_bits
+from quee_core.data.datasets import ImageDataset, load_dataset
+from quee_core.data.loading import Batch, image_batches
+from quee_core.data.preprocessing import Preprocessing
+from quee_core.data.splits import Selection, SplitName, choose_splits
+from quee_core.errors import ConfigError, DataError, DeviceError
+from quee_core.fingerprints import code_version, fingerprint
+from quee_core.paths import FULL_PRECISION, Path, PathTree
+
+WALKED: tuple[SplitName, ...] = ("target", "select", "test")
+
+# The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
+_CALIBRATION_CODE = (
+    "quee_core.quantize.calibration", "quee_core.quantize.layers", "quee_core.quantize.methods",
+    "quee_core.quantize.quantizers", "quee_core.backbones.segmented", "quee_core.data.preprocessing",
+)  # fmt: skip
+_EXITS_CODE = (*_CALIBRATION_CODE, "quee_core.heads", "quee_core.exits", "quee_core.features")
+_CELL_CODE = (*_CALIBRATION_CODE, "quee_core.features", "quee_core.network", "quee_core.tables", "quee_core.exits")
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPlan:
+    """Everything a stage needs to start; made by `resolve`."""
+
+    config: SweepConfig
+    dataset: ImageDataset
+    splits: Mapping[SplitName, tuple[Selection, ...]]
+    cautions: tuple[str, ...]
+    loaded: LoadedBackbone
+    preprocessing: Preprocessing
+    tree: PathTree
+
+    @property
+    def head_bits(self) -> tuple[int, ...]:
+        """Precisions whose features the exit heads are trained on; full precision is always one of them."""
+        return tuple(sorted({*(self.config.heads.bits or self.tree.bits), FULL_PRECISION}))
+
+    @property
+    def calibrated_bits(self) -> tuple[int, ...]:
+        """Bit-widths that need a calibration: those of paths and heads, and of stem and heads."""
+        wanted = {*self.tree.bits, *self.head_bits, edge_bits(self.tree.bits)}
+        return tuple(sorted(wanted - {FULL_PRECISION}))
+
+    @cached_property
+    def images(self) -> dict[SplitName, int]:
+        """Number of images of each split."""
+        return {name: sum(len(s.positions) for s in parts) for name, parts in self.splits.items()}
+
+    def batches(self, selections: tuple[Selection, ...]) -> Iterator[Batch]:
+        """Preprocessed images of `selections`, streamed in order."""
+        return image_batches(self.dataset, selections, self.preprocessing.transform(), self.config.run.batch)
+
+    def shards(self, split: SplitName) -> list[tuple[Selection, ...]]:
+        """A split cut into runs of at most `run.shard_images` images, in order."""
+        size = self.config.run.shard_images
+        shards: list[list[Selection]] = [[]]
+        room = size
+        for selection in self.splits[split]:
+            positions = selection.positions
+            while len(positions):
+                if room == 0:
+                    shards.append([])
+                    room = size
+                shards[-1].append(Selection(selection.part, positions[:room]))
+                positions, room = positions[room:], room - min(room, len(positions))
+        return [tuple(shard) for shard in shards if shard]
+
+    def calibration_images(self) -> tuple[Selection, ...]:
+        """The first `quantization.images` images of `fit`."""
+        return _first(self.splits["fit"], self.config.quantization.images)
+
+    def sample_ids(self, split: SplitName) -> NDArray[np.int64]:
+        """Ids of a split's images, in the order of its tables."""
+        return np.concatenate([self.dataset.sample_ids(s.part)[s.positions] for s in self.splits[split]])
+
+    def images_fingerprint(self, selections: tuple[Selection, ...]) -> str:
+        """sha256 over the ids, labels and contents of the selected images, and their preprocessing."""
+        parts = [(s.part, self.dataset.fingerprint(s.part, s.positions)) for s in selections]
+        return fingerprint([parts, self.preprocessing.fingerprint()])
+
+    @cached_property
+    def calibration_key(self) -> str:
+        """Key of the calibration: everything it depends on."""
+        return fingerprint(
+            {
+                "backbone": self.loaded.fingerprint,
+                "images": self.images_fingerprint(self.calibration_images()),
+                "method": self.config.quantization.method,
+                "bits": self.calibrated_bits,
+                "edge": edge_bits(self.tree.bits),
+                "code": code_version(_CALIBRATION_CODE),
+            }
+        )
+
+    @cached_property
+    def exits_key(self) -> str:
+        """Key of the fitted exits: heads and embeddings."""
+        return fingerprint(
+            {
+                "calibration": self.calibration_key,
+                "images": self.images_fingerprint(self.splits["fit"]),
+                "exits": self.loaded.backbone.exits,
+                "bits": self.head_bits,
+                "heads": self.config.heads.model_dump(mode="json"),
+                "embedding": self.config.embedding.dimensions,
+                "code": code_version(_EXITS_CODE),
+            }
+        )
+
+    @cached_property
+    def cell_code(self) -> str:
+        """Version of the code that fills tables."""
+        return code_version(_CELL_CODE)
+
+    def blocks(self, path: Path) -> Path:
+        """`path` with a bit-width for every block, not segment: names its cell whatever other exits there are."""
+        ends = (0, *self.loaded.backbone.exits)
+        return Path(tuple(b for k, b in enumerate(path.bits) for _ in range(ends[k + 1] - ends[k])))
+
+
+def resolve(config: SweepConfig) -> SweepPlan:
+    """Load data set and backbone, divide the images, grow the tree.
+
+    Raises the QueeError that names what does not fit: an unknown name, missing files, exits beyond the depth,
+    classes that differ from the head's.
+    """
+    dataset = load_dataset(config.dataset.name, config.dataset.root)
+    splits, cautions = choose_splits(
+        dataset,
+        config.dataset.fractions,
+        seed=config.dataset.seed,
+        trained_on=config.dataset.trained_on,
+        limit=config.dataset.limit,
+    )
+    loaded = load_backbone(
+        config.backbone.name,
+        exits=config.backbone.exits,
+        checkpoint=config.backbone.checkpoint,
+        num_classes=config.backbone.num_classes,
+        pretrained=config.backbone.pretrained,
+        image_size=config.backbone.image_size,
+    )
+    classes = len(dataset.description.classes)
+    if loaded.backbone.num_classes not in (0, classes):
+        raise ConfigError(
+            f"backbone {config.backbone.name}: its head has {loaded.backbone.num_classes} classes, "
+            f"data set {config.dataset.name} has {classes}; "
+            "set backbone.num_classes and backbone.checkpoint to a model of this data set"
+        )
+    if config.quantization.images > sum(len(s.positions) for s in splits["fit"]):
+        raise ConfigError(
+            f"quantization.images: {config.quantization.images} calibration images, but the fit split has fewer; "
+            "lower it, or raise dataset.fit or dataset.limit"
+        )
+    for name in WALKED:
+        if not splits[name]:
+            raise DataError(f"data set {config.dataset.name}: split {name!r} is empty; change dataset.{name}")
+    preprocessing = Preprocessing.from_data_config(loaded.preprocessing)
+    tree = config.paths.tree(loaded.backbone.depth)
+    return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA where there is one. Raises DeviceError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name!r}: unknown; want auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r}: not supported; want auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _first(selections: tuple[Selection, ...], count: int) -> tuple[Selection, ...]:
+    kept = []
+    for selection in selections:
+        kept.append(Selection(selection.part, selection.positions[:count]))
+        count -= len(kept[-1].positions)
+        if count == 0:
+            break
+    return tuple(kept)

@@ -1,0 +1,62 @@
+"""Finished runs on disk: a folder for each, with its record and its report."""
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quee_core.errors import ConfigError, StoreError, did_you_mean
+from quee_core.record import SweepRecord
+
+RECORD = "record.json"
+REPORT = "report.html"
+
+
+def report_path(folder: Path) -> Path:
+    """Where a run's report lies."""
+    return folder / REPORT
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, making its folder. Raises StoreError for a full or read-only disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); free the disk or name another folder") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_record(record: SweepRecord, folder: Path) -> Path:
+    """Write `record` into `folder`; returns the file."""
+    path = folder / RECORD
+    write_text(path, record.model_dump_json(indent=2))
+    return path
+
+
+def read_record(path: Path) -> SweepRecord:
+    """Read a record. Raises StoreError that names file and field if it is none."""
+    try:
+        return SweepRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise StoreError(f"{path}: not a record of this version of quee: {place}: {first['msg']}") from None
+
+
+def find_record(run: str, runs: Path) -> tuple[SweepRecord, Path]:
+    """The record of a run given by name, folder or file, and its folder.
+
+    Raises ConfigError with near names if there is no such run.
+    """
+    for candidate in (Path(run), Path(run) / RECORD, runs / run / RECORD):
+        if candidate.is_file():
+            return read_record(candidate), candidate.parent
+    known = [path.parent.name for path in runs.glob(f"*/{RECORD}")]
+    hint = did_you_mean(run, known) if known else f"{runs} holds no finished run; start one with `quee sweep`"
+    raise ConfigError(f"run {run!r}: not found in {runs}; {hint}")

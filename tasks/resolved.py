@@ -1,0 +1,37 @@
+"""A sweep resolved once per process: every task is given the configuration alone, and finds the rest here."""
+
+import os
+from functools import lru_cache
+from threading import Lock
+
+import torch
+
+from quee_core.config import SweepConfig
+from quee_core.plan import SweepPlan, choose_device, resolve
+from quee_core.store import Store
+
+_resolving = Lock()
+
+
+def plan_of(sweep: SweepConfig) -> SweepPlan:
+    """The plan of `sweep`, resolved when it is first asked for."""
+    with _resolving:
+        return _resolve(sweep.model_dump_json())
+
+
+def store_of(sweep: SweepConfig) -> Store:
+    """The store that `sweep` names."""
+    return Store.open(sweep.run.store)
+
+
+def device_of(sweep: SweepConfig) -> torch.device:
+    """The device that `sweep` names; sets torch's threads to the processor's cores on a CPU."""
+    device = choose_device(sweep.run.device)
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return device
+
+
+@lru_cache(maxsize=2)
+def _resolve(text: str) -> SweepPlan:
+    return resolve(SweepConfig.model_validate_json(text))

@@ -1,0 +1,82 @@
+"""A sweep's configuration: every fault is named with its file, its field and what would be right."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from quee_core.config import SweepConfig, load_config, parse_config
+from quee_core.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    assert load_config(path).name
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"datset": {}}, r"datset: unknown field; did you mean 'dataset'"),
+        ({"dataset": {"nmae": "x"}}, r"dataset.nmae: unknown field; did you mean 'name'"),
+        ({"predictors": [{"name": "mlp", "feature": "both"}]}, r"predictors.0.feature: .*did you mean 'features'"),
+        ({"paths": {"bits": [0, 4]}}, r"paths.bits: \[0\] are not among"),
+        ({"paths": {"bits": [1]}}, r"paths.bits: \[1\]"),
+        ({"paths": {"bits": [33]}}, r"paths.bits: \[33\]"),
+        ({"paths": {"bits": ["four"]}}, r"paths.bits.0: .*'four'"),
+        ({"paths": {"bits": []}}, r"paths.bits: empty"),
+        ({"prices": {"values": []}}, r"prices: values: empty"),
+        ({"prices": {"values": [float("nan")]}}, r"prices.values.0: .*finite"),
+        ({"prices": {"values": [0.1, -1]}}, r"prices.values.1: .*greater than or equal to 0"),
+        ({"prices": {"lowest": 2, "highest": 1}}, r"prices: lowest 2 is above highest 1"),
+        ({"dataset": {"fit": 0.9}}, r"dataset: fit \+ target"),
+        ({"targets": {"clusters": [0]}}, r"targets.clusters: \[0\]"),
+        ({"predictors": []}, r"predictors: .*at least 1"),
+        ({"name": "../up"}, r"name: "),
+        ({"backbone": {"exits": [0]}}, r"backbone.exits.0"),
+    ],
+)
+def test_faults_are_named(raw: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(raw, source="sweep.yaml")
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"paths": {"bits": [1]}, "seed": -1}, source="sweep.yaml")
+    assert "paths.bits" in str(caught.value)
+    assert "seed" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "\t\tx: 1"])
+def test_what_is_no_mapping_is_refused_with_the_file_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"sweep\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml.*cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_configuration_survives_its_text_form() -> None:
+    config = load_config(CONFIGS[0])
+    assert SweepConfig.model_validate_json(config.model_dump_json()) == config
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), source="x") == config
+
+
+def test_the_price_grid_ascends_from_zero() -> None:
+    prices = SweepConfig().prices.grid()
+    assert prices[0] == 0
+    assert (np.diff(prices) > 0).all()
+
+
+def test_every_setting_says_what_it_is() -> None:
+    schema = SweepConfig.model_json_schema()
+    for name, section in schema["$defs"].items():
+        assert section.get("description"), name
