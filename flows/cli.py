@@ -74,7 +74,9 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, Prefect's lines included.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is done, Prefect's lines included.")
+    ] = False,
 ) -> None:
     """Set up logging and the surroundings of Prefect and MLflow before either is imported."""
     _quiet_surroundings(verbose)
@@ -121,6 +123,7 @@ def plan(
 ) -> None:
     """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
     from quee_core.estimate import estimate
+
     from quee_core.plan import resolve
 
     found = estimate(resolve(_configured(config, data_root, checkpoint, store, device, limit)))
@@ -142,6 +145,7 @@ def report(
 ) -> None:
     """Print a finished run's front and write its report anew."""
     from quee_core.report.page import render
+
     from quee_core.runs import find_record, report_path
 
     record, folder = find_record(run, runs)

@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from quee_core.errors import ConfigError, DamagedTableError, did_you_mean
 from quee_core.fixed_point import ExactLinear, Standardizer, to_grid
+from quee_core.targets import group_sums
 
 Algorithm = Literal["kmeans", "minibatch"]
 MAX_ITERATIONS = 100
@@ -103,4 +104,15 @@ def cluster(
             random_state=seed % 2**32,
             reassignment_ratio=0.0,
         ).fit(rows)
-    return Clustering(to_grid(np.asarray(fitted.cluster_centers_, np.float64)), standardizer)
+    return Clustering(_means(rows, np.asarray(fitted.labels_, np.intp)), standardizer)
+
+
+def _means(rows: NDArray[np.float64], labels: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Means of rows [n, f] on the grid by label, empty labels left out; float64 [k, f] on the grid.
+
+    Sums of grid values are exact. The fitted centres are not: threads add in any order, and a mean of two or four
+    rows often lies half-way between two grid values, where the last bit would decide which.
+    """
+    sizes = np.bincount(labels)
+    means = group_sums(rows, labels, len(sizes))[sizes > 0] / sizes[sizes > 0, None]
+    return to_grid(means)

@@ -126,7 +126,9 @@ def fit_gate(
         targets, wanted = _targets(own, gate, errors, seen, target, select, seed)
     except QueeError as error:
         return [GateFit(point, gate, None, None, 0.0, str(error)) for point in points]
-    return [_fit(point, gate, targets, wanted, errors=seen, target=target, select=select, seed=seed) for point in points]
+    return [
+        _fit(point, gate, targets, wanted, errors=seen, target=target, select=select, seed=seed) for point in points
+    ]
 
 
 def assemble(point: GridPoint, tree: PathTree, fits: Iterable[GateFit]) -> GatePolicy | str:
@@ -249,9 +251,7 @@ def _fit_root(
     return GateFit(point, ROOT, predictor, None, 0.0, None)
 
 
-def _quality(
-    predicted: NDArray[np.float64], wanted: NDArray[np.float64], errors: NDArray[np.bool_]
-) -> Quality:
+def _quality(predicted: NDArray[np.float64], wanted: NDArray[np.float64], errors: NDArray[np.bool_]) -> Quality:
     return Quality(rmse(predicted, wanted), brier(predicted, errors), expected_calibration_error(predicted, errors))
 
 

@@ -25,7 +25,9 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, "utf-8")
         partial.replace(path)
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); free the disk or name another folder") from None
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}); free the disk or name another folder"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 

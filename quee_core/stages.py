@@ -6,24 +6,20 @@ where the last one ended.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 import torch
 
-from quee_core.config import SweepConfig
 from quee_core.costs import edge_bits
-from quee_core.errors import DamagedTableError
+from quee_core.data.splits import SplitName
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, ignore_progress, uniform_pooled_tokens, walk
-from quee_core.fingerprints import code_version, fingerprint
-from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
+from quee_core.fingerprints import fingerprint
 from quee_core.network import PathNetwork
-from quee_core.paths import FULL_PRECISION, Path, PathTree
+from quee_core.paths import Path
 from quee_core.plan import SweepPlan
-from quee_core.data.splits import SplitName
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
 from quee_core.store import Store
-from quee_core.tables import Cell, Outcomes
+from quee_core.tables import Cell
 
 _GRID_CODE = (
     "quee_core.grid", "quee_core.clusters", "quee_core.targets", "quee_core.fixed_point", "quee_core.predictors.base",

@@ -45,9 +45,11 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(64, embed_dim, 3, stride=2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Tokens of `images`, row by row of the grid."""
         hidden = torch.relu(self.bn1(self.conv1(images)))
         hidden = torch.relu(self.bn2(self.conv2(hidden)))
-        return self.proj(hidden).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(hidden).flatten(2).transpose(1, 2)
+        return tokens
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels a token side stands for; asked for by timm's feature information."""

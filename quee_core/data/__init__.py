@@ -1,0 +1,1 @@
+"""Labelled images: data sets, stable ids, splits, preprocessing, streaming."""

@@ -1,0 +1,65 @@
+"""Preprocessing: what turns an image into a backbone's input, out of timm's data config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torchvision.transforms import functional
+
+from quee_core.fingerprints import fingerprint
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and normalise. size: (channels, height, width); mean, std: of pixels in [0, 1], by channel."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    @classmethod
+    def from_data_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        """Out of what `timm.data.resolve_model_data_config` gives."""
+        channels, height, width = config["input_size"]
+        return cls(
+            (int(channels), int(height), int(width)),
+            tuple(map(float, config["mean"])),
+            tuple(map(float, config["std"])),
+            str(config.get("interpolation", "bicubic")),
+            float(config.get("crop_pct", 1.0)),
+            str(config.get("crop_mode", "center")),
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 over all settings."""
+        return fingerprint(asdict(self))
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """Maps a decoded image of any size and mode to float32 [c, h, w].
+
+        An image that has the wanted size already is only normalised. Grey and colour are converted as the backbone
+        needs.
+        """
+        resized = create_transform(
+            self.size, is_training=False, mean=self.mean, std=self.std, interpolation=self.interpolation,
+            crop_pct=self.crop_pct, crop_mode=self.crop_mode,
+        )  # fmt: skip
+        mode = "L" if self.size[0] == 1 else "RGB"
+        whole = (self.size[2], self.size[1])
+
+        def apply(image: Image.Image) -> Tensor:
+            converted = image if image.mode == mode else image.convert(mode)
+            if converted.size == whole and self.crop_pct == 1.0:
+                pixels = functional.pil_to_tensor(converted).to(torch.float32) / 255
+                return functional.normalize(pixels, list(self.mean), list(self.std), inplace=True)
+            tensor: Tensor = resized(converted)
+            return tensor
+
+        return apply

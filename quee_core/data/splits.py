@@ -1,0 +1,122 @@
+"""The four disjoint splits, by a stable hash of sample ids (design, section 6)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quee_core.data.datasets import ImageDataset, TrainedOn
+from quee_core.errors import DataError
+
+SplitName = Literal["fit", "target", "select", "test"]
+SPLITS: tuple[SplitName, ...] = ("fit", "target", "select", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some images of one part of a data set: positions intp [n], in the order in which they are read."""
+
+    part: str
+    positions: NDArray[np.intp]
+
+
+def hash_uniform(sample_ids: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each id, float64 [n], that depends on the id and the seed alone (splitmix64)."""
+    with np.errstate(over="ignore"):
+        state = sample_ids.astype(np.uint64) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
+        for _ in range(2):
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return (state >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def assign_splits(sample_ids: NDArray[np.int64], fractions: Mapping[SplitName, float], seed: int) -> NDArray[np.int8]:
+    """Position in `SPLITS` of each id, int8 [n]: independent of the other ids and of their order.
+
+    fractions: expected share of each split; they are scaled to add up to 1.
+    """
+    edges = np.cumsum([fractions.get(name, 0.0) for name in SPLITS])
+    drawn = hash_uniform(sample_ids, seed) * edges[-1]
+    return np.searchsorted(edges[:-1], drawn, side="right").astype(np.int8)
+
+
+def choose_splits(
+    dataset: ImageDataset,
+    fractions: Mapping[SplitName, float],
+    *,
+    seed: int,
+    trained_on: TrainedOn | None = None,
+    limit: int | None = None,
+) -> tuple[dict[SplitName, tuple[Selection, ...]], tuple[str, ...]]:
+    """Divide a data set's images; returns the splits, and what a reader of the results must be told.
+
+    The official test part is `test`. Where the backbone was trained on the other part, that part serves `fit`
+    alone, and target, select and test share the test part: a backbone's confidence on its own training images
+    says nothing about new ones. Without a test part all four come from the hash. `limit` keeps the images of
+    each split whose hash is lowest. Raises DataError for a class without images in `fit` or an empty split.
+    """
+    about = dataset.description
+    trained = trained_on or about.trained_on
+    rest = [part for part in about.parts if part != about.test_part]
+    cautions = []
+    if about.test_part is None:
+        plan = [(part, dict(fractions)) for part in rest]
+        if fractions.get("test", 0.0) <= 0:
+            raise DataError(
+                f"data set {about.name}: it has no official test part, and dataset.test is 0; "
+                "give dataset.test a share, such as 0.3"
+            )
+    elif trained == "train":
+        shared = {name: fractions[name] for name in ("target", "select")} | {"test": fractions["fit"]}
+        plan = [(part, {"fit": 1.0}) for part in rest] + [(about.test_part, shared)]
+        cautions.append(
+            "the backbone was trained on the training part, so target, select and test share the official test part"
+        )
+    else:
+        own = {name: share for name, share in fractions.items() if name != "test"}
+        plan = [(part, own) for part in rest] + [(about.test_part, {"test": 1.0})]
+    if trained == "unknown":
+        cautions.append(
+            "it is not known which images the backbone was trained on; if target or select hold some of them, "
+            "its confidence there is too high"
+        )
+    splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
+    for part, shares in plan:
+        member = assign_splits(dataset.sample_ids(part), shares, seed)
+        for k, name in enumerate(SPLITS):
+            if len(positions := np.flatnonzero(member == k)):
+                splits[name].append(Selection(part, positions))
+    if limit is not None:
+        splits = {name: _lowest(dataset, parts, seed, limit) for name, parts in splits.items()}
+    chosen = {name: tuple(parts) for name, parts in splits.items()}
+    _check(dataset, chosen)
+    return chosen, tuple(cautions)
+
+
+def _lowest(dataset: ImageDataset, parts: list[Selection], seed: int, limit: int) -> list[Selection]:
+    """The `limit` images of lowest hash under another seed, so that a limit does not favour a split's edge."""
+    drawn = [hash_uniform(dataset.sample_ids(s.part)[s.positions], seed + 1) for s in parts]
+    if sum(map(len, drawn)) <= limit:
+        return parts
+    bar = np.sort(np.concatenate(drawn))[limit - 1]
+    kept = [Selection(s.part, s.positions[d <= bar]) for s, d in zip(parts, drawn, strict=True)]
+    return [selection for selection in kept if len(selection.positions)]
+
+
+def _check(dataset: ImageDataset, splits: Mapping[SplitName, tuple[Selection, ...]]) -> None:
+    about = dataset.description
+    for name, parts in splits.items():
+        if not parts:
+            raise DataError(f"data set {about.name}: split {name!r} is empty; it needs more images, or a larger share")
+    seen = np.unique(np.concatenate([dataset.labels(s.part)[s.positions] for s in splits["fit"]]))
+    absent = [about.classes[k] for k in range(len(about.classes)) if k not in set(seen.tolist())]
+    if absent:
+        raise DataError(
+            f"data set {about.name}: class {absent[0]!r} has no image in the fit split"
+            + (f" (nor have {len(absent) - 1} others)" if len(absent) > 1 else "")
+            + "; add images of it, raise dataset.limit or dataset.fit, or remove the class"
+        )

@@ -1,0 +1,270 @@
+"""From outcome tables and fitted gates to what the report shows: fronts, budgets, shares, calibration (design, section 11).
+
+Everything that is chosen is chosen on `select`; `test` is only measured. All comparisons are paired: the same test
+images, the same costs, the same resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quee_core.baselines import BASELINES, BaselineData, PolicyPair
+from quee_core.config import EvaluationConfig
+from quee_core.costs import CostTable, full_cost, path_costs, relative
+from quee_core.fronts import (
+    Decisions,
+    at_budgets,
+    choose_points,
+    correctness,
+    cost_at_drop,
+    describe_prices,
+    hypervolume_per_image,
+    operating_points,
+    paired_bootstrap,
+    wilson_interval,
+)
+from quee_core.gates import replay
+from quee_core.paths import FULL_PRECISION, ROOT, Path, PathTree
+from quee_core.policy import GatePolicy
+from quee_core.predictors.quality import brier, expected_calibration_error, reliability_bins, rmse
+from quee_core.record import (
+    BudgetRow,
+    CalibrationRecord,
+    DropRow,
+    FrontPoint,
+    FrontRecord,
+    ShareRow,
+    UniformAccuracy,
+)
+from quee_core.tables import Outcomes
+
+DROPS = (0.0, 0.005, 0.01, 0.02)
+QUEE = "quee"
+
+
+@dataclass(frozen=True, eq=False)
+class PricedTree:
+    """Relative costs of a tree's paths, float64 [paths]: `final` for static paths, `every` for gated ones.
+
+    `every` counts the heads on the way but no gate: thresholds need none.
+    """
+
+    tree: PathTree
+    table: CostTable
+    final: NDArray[np.float64]
+    every: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, table: CostTable, tree: PathTree) -> "PricedTree":
+        """Cost every path of `tree` by `table`, whose gates must be free."""
+        final, every = (relative(path_costs(table, tree.paths, evaluated=e), table, tree) for e in ("final", "every"))
+        return cls(tree, table, final, every)
+
+    def gated(self, gates: Sequence[float]) -> NDArray[np.float64]:
+        """Relative costs float64 [paths] with gates that cost `gates` (absolute, root first)."""
+        table = self.table.with_gates(gates)
+        return relative(path_costs(table, self.tree.paths, evaluated="every"), self.table, self.tree)
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredFront:
+    """One method: operating points chosen on `select`, measured on `test`.
+
+    cost: float64 [points], ascending on `select`. correct: bool [points, n]. chosen: positions of the points in
+    `decisions`.
+    """
+
+    decisions: Decisions
+    chosen: NDArray[np.intp]
+    cost: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+
+def bitops_of_gates(policy: GatePolicy, depth: int, *, projection_macs: int) -> tuple[float, ...]:
+    """BitOps of the gate at each exit, root first: they run at full precision, and are not free."""
+    return tuple(float(m) * FULL_PRECISION**2 for m in policy.macs(depth, projection_macs=projection_macs))
+
+
+def quee_decisions(
+    policy: GatePolicy, costs: NDArray[np.float64], prices: NDArray[np.float64], outcomes: Outcomes
+) -> Decisions:
+    """QuEE's choices at every price: the gates' rule replayed over `outcomes`."""
+    choice = replay(policy.tree, policy.predictions(outcomes), costs, prices, images=len(outcomes.labels))
+    return Decisions(QUEE, "quee", describe_prices(prices.tolist()), tuple(prices.tolist()), choice)
+
+
+def measure(pair: PolicyPair, select: Outcomes, test: Outcomes) -> MeasuredFront:
+    """Choose operating points on `select`, and measure those alone on `test`."""
+    chosen = choose_points(*operating_points(pair.select, select.errors, pair.costs))
+    picked = pair.test.take(chosen)
+    cost, _ = operating_points(picked, test.errors, pair.costs)
+    return MeasuredFront(picked, chosen, cost, correctness(picked, test.errors))
+
+
+def select_hypervolume(decisions: Decisions, outcomes: Outcomes, costs: NDArray[np.float64], low: float) -> float:
+    """Mean accuracy over costs from `low` to 1 on `select`: what grid points are ranked by."""
+    cost, accuracy = operating_points(decisions, outcomes.errors, costs)
+    chosen = choose_points(cost, accuracy)
+    picked = decisions.take(chosen)
+    return float(hypervolume_per_image(cost[chosen], correctness(picked, outcomes.errors), low).mean())
+
+
+def baseline_fronts(
+    priced: PricedTree, select: Outcomes, test: Outcomes, prices: NDArray[np.float64], seed: int
+) -> dict[str, MeasuredFront]:
+    """Every baseline of the registry, tuned on `select` and measured on `test`."""
+    data = BaselineData(priced.tree, priced.final, priced.every, select, test, seed)
+    return {name: measure(fit(data, prices), select, test) for name, fit in BASELINES.items()}
+
+
+def front_records(
+    fronts: Mapping[str, MeasuredFront], low: float, settings: EvaluationConfig
+) -> tuple[FrontRecord, ...]:
+    """Fronts with intervals, and quee's gain over each in hypervolume from `low` to 1, paired over images."""
+    volumes = {name: hypervolume_per_image(f.cost, f.correct, low) for name, f in fronts.items()}
+    gains = {name: volumes[QUEE] - volume for name, volume in volumes.items() if name != QUEE}
+    rows = [*volumes.values(), *gains.values()]
+    means, lows, highs = paired_bootstrap(np.stack(rows), resamples=settings.resamples, seed=settings.seed)
+    records = []
+    for k, (name, front) in enumerate(fronts.items()):
+        gain = None if name == QUEE else len(volumes) + list(gains).index(name)
+        records.append(
+            FrontRecord(
+                method=name,
+                kind=front.decisions.kind,
+                points=_points(front),
+                hypervolume=means[k],
+                hypervolume_low=lows[k],
+                hypervolume_high=highs[k],
+                hypervolume_gain=None if gain is None else means[gain],
+                hypervolume_gain_low=None if gain is None else lows[gain],
+                hypervolume_gain_high=None if gain is None else highs[gain],
+            )
+        )
+    return tuple(records)
+
+
+def budget_rows(fronts: Mapping[str, MeasuredFront], settings: EvaluationConfig, low: float) -> tuple[BudgetRow, ...]:
+    """QuEE against the best baseline at each budget that the cheapest path fits in, by time-sharing."""
+    budgets = np.array([b for b in settings.budgets if b >= low])
+    if not len(budgets):
+        return ()
+    values = {name: at_budgets(f.cost, f.correct, budgets) for name, f in fronts.items()}
+    rivals = [name for name, f in fronts.items() if f.decisions.kind == "baseline"]
+    compared: list[tuple[float, str]] = []
+    stacked: list[NDArray[np.float64]] = []
+    for k, budget in enumerate(budgets.tolist()):
+        reached = {name: values[name][k] for name in rivals if not np.isnan(values[name][k]).any()}
+        own = values[QUEE][k]
+        if reached and not np.isnan(own).any():
+            best = max(reached, key=lambda name: float(reached[name].mean()))
+            compared.append((budget, best))
+            stacked += [own, reached[best], own - reached[best]]
+    if not stacked:
+        return ()
+    means, lows, highs = paired_bootstrap(np.stack(stacked), resamples=settings.resamples, seed=settings.seed)
+    return tuple(
+        BudgetRow(
+            budget=budget, accuracy=means[k], low=lows[k], high=highs[k], n=len(stacked[k]), baseline=best,
+            baseline_accuracy=means[k + 1], difference=means[k + 2], difference_low=lows[k + 2],
+            difference_high=highs[k + 2],
+        )
+        for k, (budget, best) in zip(range(0, len(stacked), 3), compared, strict=True)
+    )  # fmt: skip
+
+
+def drop_rows(fronts: Mapping[str, MeasuredFront], full_accuracy: float) -> tuple[DropRow, ...]:
+    """Cheapest cost within each accuracy drop below the full path, for every method but bounds."""
+    return tuple(
+        DropRow(drop=drop, method=name, cost=cost_at_drop(f.cost, f.correct.mean(axis=1), full_accuracy, drop))
+        for drop in DROPS
+        for name, f in fronts.items()
+        if f.decisions.kind != "bound"
+    )
+
+
+def share_rows(
+    front: MeasuredFront, tree: PathTree, test: Outcomes, class_names: Sequence[str], wanted: int = 5
+) -> tuple[ShareRow, ...]:
+    """Share of images per path, over all and by class, at up to `wanted` prices spread over the front (paper's Fig. 1)."""
+    picked = np.unique(np.linspace(0, len(front.chosen) - 1, min(wanted, len(front.chosen))).round().astype(int))
+    groups = [("all", np.ones(len(test.labels), bool))]
+    groups += [(name, test.labels == k) for k, name in enumerate(class_names)]
+    rows = []
+    for point in picked:
+        price = front.decisions.prices[point]
+        for name, member in groups:
+            counts = np.bincount(front.decisions.choice[point, member], minlength=len(tree.paths))
+            n = int(member.sum())
+            shares = {str(tree.paths[p]): float(counts[p] / n) for p in np.flatnonzero(counts)}
+            rows.append(
+                ShareRow(
+                    price=0.0 if price is None else price,
+                    cost=float(front.cost[point]),
+                    class_name=name,
+                    n=n,
+                    shares=shares,
+                )
+            )
+    return tuple(rows)
+
+
+def calibration_records(
+    policy: GatePolicy, targets: Mapping[Path, NDArray[np.float64]], test: Outcomes
+) -> tuple[CalibrationRecord, ...]:
+    """How well the winner's predictions at each gate hold on `test`: against labels, and against `targets` (rmse)."""
+    records = []
+    for gate in policy.tree.gates:
+        if gate == ROOT:
+            continue
+        columns = [policy.tree.index[path] for path in policy.tree.extensions(gate)]
+        predicted, errors = policy.predict(gate, test), test.errors[:, columns]
+        records.append(
+            CalibrationRecord(
+                gate=str(gate),
+                n=len(errors),
+                rmse=rmse(predicted, targets[gate]),
+                brier=brier(predicted, errors),
+                ece=expected_calibration_error(predicted, errors),
+                bins=reliability_bins(predicted, errors),
+            )
+        )
+    return tuple(records)
+
+
+def uniform_accuracies(priced: PricedTree, test: Outcomes) -> tuple[UniformAccuracy, ...]:
+    """Test accuracy of every uniform path, with its interval."""
+    rows = []
+    for k, path in enumerate(priced.tree.paths):
+        if path.is_uniform:
+            right = int((~test.errors[:, k]).sum())
+            low, high = wilson_interval(right, len(test.labels))
+            rows.append(
+                UniformAccuracy(
+                    bits=path.bits[0], exit=path.exit, cost=float(priced.final[k]), accuracy=right / len(test.labels),
+                    low=low, high=high, n=len(test.labels),
+                )
+            )  # fmt: skip
+    return tuple(rows)
+
+
+def absolute_full_cost(priced: PricedTree) -> float:
+    """Cost of the full path at the highest bit-width, in the table's unit, per image."""
+    return full_cost(priced.table, priced.tree)
+
+
+def _points(front: MeasuredFront) -> tuple[FrontPoint, ...]:
+    n = front.correct.shape[1]
+    points = []
+    for k in np.argsort(front.cost, kind="stable"):
+        right = int(front.correct[k].sum())
+        low, high = wilson_interval(right, n)
+        points.append(
+            FrontPoint(
+                setting=front.decisions.settings[k], price=front.decisions.prices[k], cost=float(front.cost[k]),
+                accuracy=right / n, low=low, high=high, n=n, chosen=True,
+            )
+        )  # fmt: skip
+    return tuple(points)

@@ -1,0 +1,1 @@
+"""Post-training quantisation, simulated exactly as integers would compute it (design, section 3)."""

@@ -1,0 +1,187 @@
+"""Layers that compute on integers, simulated exactly in float32 (design, section 3).
+
+The operands of every product are integers held in float32. Their sums stay below 2^24 in magnitude, so they are exact
+in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
+on threads or BLAS. Where the sums of a layer could grow beyond that, its products are taken in float64, which is exact
+up to 2^53. One pass then brings the integers back to real values, accumulator * scale + bias.
+"""
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quee_core.errors import QuantizationError
+from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, WeightGrid
+
+# elements of the tokens that go through a segment together; with what a block makes of them they fit a core's L2 cache
+_TOGETHER = 2**17
+
+
+class QuantLinear(nn.Module):
+    """y = Q(x) Q(W)ᵀ + b: x float32 [..., in] to float32 [..., out].
+
+    weight: integers as float32 [out, in]; inputs: quantiser of x; scale: float32 [out], the input's scale times the
+    weight's; bias: float32 [out].
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.out_features, self.in_features = weight.shape
+        self.exact_in_float32 = fits_float32(weight, inputs)
+        self.register_buffer("weight", weight if self.exact_in_float32 else weight.double())
+        self.register_buffer("scale", weight_scale * inputs.scale)
+        self.register_buffer("bias", torch.zeros_like(weight_scale) if bias is None else bias.detach().clone())
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, grid: WeightGrid, inputs: ActivationQuantizer, correction: Tensor | None = None
+    ) -> "QuantLinear":
+        """The quantised `linear`; correction: float32 [out], added to its bias."""
+        weight = linear.weight.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if correction is not None:
+            correction = correction.to(weight.device)
+            bias = correction if bias is None else bias + correction
+        return cls(grid.integers(weight), grid.scale.to(weight.device), bias, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        integers = self.inputs.integers(x)
+        if self.exact_in_float32:
+            sums = functional.linear(integers, self.weight)
+        else:
+            sums = functional.linear(integers.double(), self.weight).float()
+        return torch.addcmul(self.bias, sums, self.scale, out=sums)
+
+
+class QuantConv2d(nn.Module):
+    """A quantised convolution without groups: float32 [n, c, h, w] to float32 [n, out, h', w'].
+
+    weight: integers as float32 [out, c, kh, kw]; padding is with zeros, which the integer 0 stands for.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        inputs: ActivationQuantizer,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.exact_in_float32 = fits_float32(weight, inputs)
+        self.register_buffer("weight", weight if self.exact_in_float32 else weight.double())
+        self.register_buffer("scale", (weight_scale * inputs.scale).reshape(-1, 1, 1))
+        offset = torch.zeros_like(weight_scale) if bias is None else bias.detach().clone()
+        self.register_buffer("bias", offset.reshape(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        integers = self.inputs.integers(images)
+        if not self.exact_in_float32:
+            integers = integers.double()
+        sums = functional.conv2d(
+            integers, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation
+        ).float()
+        return torch.addcmul(self.bias, sums, self.scale, out=sums)
+
+
+class QuantAttention(nn.Module):
+    """timm's `Attention` with quantised linear layers, and both products on integers: float32 [n, t, d] to the same.
+
+    query, key, value, weights: quantisers of q, k, v and of the softmax's output.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        linears: dict[str, nn.Module],
+        query: ActivationQuantizer,
+        key: ActivationQuantizer,
+        value: ActivationQuantizer,
+        weights: ActivationQuantizer,
+    ) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.head_dim: int = attention.head_dim
+        self.qkv = linears["qkv"]
+        self.proj = linears["proj"]
+        self.gate = linears.get("gate")
+        self.q_norm: nn.Module = attention.q_norm
+        self.k_norm: nn.Module = attention.k_norm
+        self.norm: nn.Module = attention.norm
+        self.query, self.key, self.value, self.weights = query, key, value, weights
+        self.score_scale = query.scale * key.scale * attention.scale
+        self.output_scale = weights.scale * value.scale
+        if query.largest * key.largest * self.head_dim > EXACT:
+            raise QuantizationError(f"attention: heads of {self.head_dim} dimensions are too wide for exact products")
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """See the class. Neither a mask nor causality, which vision transformers don't use, is taken."""
+        if attn_mask is not None or is_causal:
+            raise QuantizationError("attention: a mask cannot be applied to quantised attention")
+        images, tokens, _ = x.shape
+        parts = self.qkv(x).view(images, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        queries, keys, values = self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]
+        operands = torch.empty((3, images, self.num_heads, tokens, self.head_dim), dtype=x.dtype, device=x.device)
+        self.query.integers(queries, out=operands[0])
+        self.key.integers(keys, out=operands[1])
+        self.value.integers(values, out=operands[2])
+        q, k, v = operands.flatten(1, 2)
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(self.score_scale)
+        attention = self.weights.integers(torch.softmax(scores, dim=-1, out=scores), out=scores)
+        sums = self._weighted(attention, v).view(images, self.num_heads, tokens, self.head_dim)
+        mixed = torch.empty((images, tokens, self.num_heads * self.head_dim), dtype=x.dtype, device=x.device)
+        torch.mul(sums.transpose(1, 2), self.output_scale, out=mixed.view(images, tokens, self.num_heads, -1))
+        normed = self.norm(mixed)
+        if self.gate is not None:
+            normed = normed * self.gate(x).sigmoid()
+        projected: Tensor = self.proj(normed)
+        return projected
+
+    def _weighted(self, attention: Tensor, values: Tensor) -> Tensor:
+        # a row of softmax sums to 1, so its integers to 1 / scale, give or take what rounding adds to each
+        tokens = attention.shape[-1]
+        largest_sum = min(tokens * self.weights.largest, 1.5 / self.weights.scale + tokens)
+        if largest_sum * self.value.largest <= EXACT:
+            return torch.bmm(attention, values)
+        return torch.bmm(attention.double(), values.double()).float()
+
+
+class QuantSegment(nn.Module):
+    """Quantised blocks between two exits: tokens float32 [n, t, d] to tokens of the same shape.
+
+    On a CPU a few images at a time go through all blocks, so that what one operation writes is still in the cache when
+    the next one reads it.
+    """
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run the blocks in order."""
+        together = max(1, _TOGETHER // tokens[0].numel()) if len(tokens) else 1
+        if tokens.is_cuda or len(tokens) <= together:
+            behind: Tensor = self.blocks(tokens)
+            return behind
+        return torch.cat([self.blocks(part) for part in tokens.split(together)])
+
+
+def fits_float32(weight: Tensor, inputs: ActivationQuantizer) -> bool:
+    """Whether no sum of products of `inputs`' integers with a row of `weight` [out, ...] can leave float32's integers."""
+    return float(weight.flatten(1).double().abs().sum(dim=1).max()) * inputs.largest <= EXACT

@@ -1,0 +1,207 @@
+"""Quantisers: from float32 values to the integers that stand for them (design, section 3).
+
+There is one rounding formula, here and nowhere else:
+
+    integer = clamp(round(x * inverse), low, high)        value = integer * scale
+
+`round` takes halves to even, `scale` is a float32 and `inverse` the float32 nearest to 1 / scale. The zero point of an
+asymmetric quantiser is taken off already: `low` and `high` are the ends of the code range minus the zero point, so 0
+stands for 0.0, and a product of values is the product of their integers times the product of their scales. Integers
+are held in float32, which adds and multiplies them without error while no sum passes `EXACT`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quee_core.errors import QuantizationError
+
+EXACT = 2**24  # every integer of at most this magnitude is a float32
+
+_SMALLEST_SCALE = 2.0**-100  # its inverse is finite, and stands for a range that is nothing but zeros
+_EXPONENT_BITS = 0x7F800000  # of a float32
+
+
+def to_float32(value: float) -> float:
+    """The float32 nearest to `value`, as a Python number."""
+    return float(np.float32(value))
+
+
+class Quantizer(Protocol):
+    """What a layer needs to know of the quantiser of a tensor: a frozen value, with one scale for the whole tensor."""
+
+    scale: float
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude that an integer can have."""
+        ...
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Integers, as float32, of `x` float32 [...]; into `out` if given, which may be `x` itself."""
+        ...
+
+
+def real(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """`x` float32 [...] as it looks after quantisation."""
+    return quantizer.integers(x).mul_(quantizer.scale)
+
+
+def _inverse(scale: float) -> float:
+    return float(np.float32(1) / np.float32(scale))
+
+
+def _check_scale(scale: float) -> None:
+    if not (_SMALLEST_SCALE <= scale <= 1 / _SMALLEST_SCALE) or scale != to_float32(scale):
+        raise QuantizationError(f"quantiser: scale {scale}; want a float32 between 2^-100 and 2^100")
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Evenly spaced levels: integers low … high, low ≤ 0 ≤ high, times `scale`, a float32."""
+
+    scale: float
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+        if not self.low <= 0 <= self.high:
+            raise QuantizationError(f"quantiser: integers from {self.low} to {self.high}; 0 must be one of them")
+
+    @classmethod
+    def over(cls, low: float, high: float, bits: int) -> "Uniform":
+        """2^bits levels from `low` to `high`, widened to hold 0.0 exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        top = 2**bits - 1
+        scale = to_float32(max((high - low) / top, _SMALLEST_SCALE))
+        zero = min(round(-low / scale), top)
+        return cls(scale, -zero, top - zero)
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of an integer."""
+        return max(-self.low, self.high)
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """clamp(round(x / scale), low, high), float32 of the shape of `x`."""
+        return torch.mul(x, _inverse(self.scale), out=out).round_().clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class TwinUniform:
+    """Two evenly spaced ranges, the coarse one's step 2^shift times the fine one's `scale`, told apart by one bit.
+
+    An integer is fine, in fine_low … fine_high, where x / scale is at most `fine_high`, and else 2^shift times one in
+    1 … coarse_high. With fine_high = 0 the fine range is the negative side, which suits a GELU; with fine_low = 0 it
+    is the small values, which suits a softmax.
+    """
+
+    scale: float
+    fine_low: int
+    fine_high: int
+    shift: int
+    coarse_high: int
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+        if not (self.fine_low <= 0 <= self.fine_high and self.coarse_high >= 1 and 0 <= self.shift < 24):
+            raise QuantizationError(f"quantiser: ranges of {self} are empty or do not hold 0")
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of an integer."""
+        return max(-self.fine_low, self.fine_high, self.coarse_high << self.shift)
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Fine or coarse integers, in steps of the fine scale, float32 of the shape of `x`."""
+        fine = torch.mul(x, _inverse(self.scale), out=out)
+        # the smallest coarse integer is 1, and a fine value is never above its own range
+        coarse = torch.mul(fine, 2.0**-self.shift).round_().clamp_(1, self.coarse_high).mul_(2.0**self.shift)
+        is_coarse = fine > self.fine_high + (0.5 if self.fine_high else 2.0 ** (self.shift - 1))
+        fine.round_().clamp_(self.fine_low, self.fine_high)
+        return torch.where(is_coarse, coarse, fine, out=fine)
+
+
+@dataclass(frozen=True, slots=True)
+class Log2:
+    """Powers of two, for values in [0, 1]: integers 0, 1, 2, 4 … 2^octaves, times `scale` = 2^-octaves.
+
+    A value becomes the power of two nearest to it on the logarithmic scale, which is the leading bit of the integer
+    floor(x * √2 * 2^octaves); what is below 2^-octaves / √2 becomes 0. `bits` bits hold octaves = 2^bits - 2.
+    """
+
+    octaves: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.octaves <= 22:
+            raise QuantizationError(f"quantiser: {self.octaves} octaves; want 1 to 22, which float32 sums hold exactly")
+
+    @property
+    def scale(self) -> float:
+        """Value of integer 1."""
+        return 2.0**-self.octaves
+
+    @property
+    def largest(self) -> int:
+        """Largest integer."""
+        return 1 << self.octaves
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Powers of two and zeros, float32 of the shape of `x`."""
+        scaled = torch.mul(x, to_float32(2.0 ** (self.octaves + 0.5)), out=out).trunc_()
+        scaled.view(torch.int32).bitwise_and_(_EXPONENT_BITS)  # drops the mantissa: the leading bit is what stays
+        return scaled
+
+
+_KINDS: Mapping[str, type[Uniform] | type[TwinUniform] | type[Log2]] = MappingProxyType(
+    {"uniform": Uniform, "twin": TwinUniform, "log2": Log2}
+)
+ActivationQuantizer = Uniform | TwinUniform | Log2
+
+
+def to_settings(quantizer: ActivationQuantizer) -> dict[str, Any]:
+    """A quantiser as plain JSON values."""
+    (kind,) = (name for name, of in _KINDS.items() if type(quantizer) is of)
+    return {"kind": kind} | asdict(quantizer)
+
+
+def from_settings(settings: Mapping[str, Any]) -> ActivationQuantizer:
+    """Read back what `to_settings` gave. Raises QuantizationError for anything else."""
+    fields = dict(settings)
+    try:
+        return _KINDS[fields.pop("kind")](**fields)
+    except (KeyError, TypeError) as error:
+        raise QuantizationError(f"calibration: not a quantiser: {dict(settings)} ({error!r})") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightGrid:
+    """Levels of a weight, symmetric about 0, one scale per output channel.
+
+    scale: float32 [out]. With `odd` the integers are the odd ones from -(2^bits - 1) to 2^bits - 1: 2^bits levels that
+    leave 0 out, 2 k + 1 for a code k of `bits` bits. Without, they are all those from -(2^(bits-1) - 1) to
+    2^(bits-1) - 1: one level less, 0 among them.
+    """
+
+    scale: Tensor
+    bits: int
+    odd: bool
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of an integer."""
+        return 2**self.bits - 1 if self.odd else 2 ** (self.bits - 1) - 1
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """Integers, as float32, of weight float32 [out, ...]."""
+        scale = self.scale.to(weight.device).reshape(-1, *(1,) * (weight.dim() - 1))
+        if not self.odd:
+            return weight.mul(scale.reciprocal()).round_().clamp_(-self.largest, self.largest)
+        codes = weight.mul((2 * scale).reciprocal()).sub_(0.5).round_()
+        return codes.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).mul_(2).add_(1)
