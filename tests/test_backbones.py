@@ -125,6 +125,18 @@ def test_the_view_shares_modules_and_parameters_with_the_model(tiny: Any) -> Non
     assert len(list(backbone.parameters())) == len(list(tiny.parameters()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_view_is_in_the_mode_of_the_model(training: bool) -> None:
+    model = create("micro_vit", depth=2).train(training)
+    model.blocks[0].train(not training)
+    before = {name: part.training for name, part in model.named_modules()}
+    backbone = segment(model, (1, 2), "mixed")
+    assert {name: part.training for name, part in model.named_modules()} == before
+    own = [part for part in backbone.modules() if part not in set(model.modules())]
+    assert len(own) > 4
+    assert {part.training for part in own} == {training}
+
+
 def test_a_stem_does_not_carry_the_blocks_along(tiny: Any) -> None:
     stem = segment(tiny, (6,), "tiny").stem
     learnt = {tuple(p.shape) for p in stem.parameters()}

@@ -3,7 +3,7 @@
 import io
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.tree import DecisionTreeRegressor
+from threadpoolctl import threadpool_limits
 
 from quee_core.clusters import cluster
 from quee_core.errors import ConfigError, DamagedTableError, NumericError, ShapeMismatchError
@@ -290,33 +291,29 @@ def test_names_that_are_nearly_right_are_suggested() -> None:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def torch_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["mlp", "logistic"])
-@pytest.mark.usefixtures("two_threads")
-def test_torch_threads_change_no_bit(gate: Gate, name: str) -> None:
-    options = {"mlp": {"epochs": 3, "batch": 512}, "logistic": {"iterations": 20}}[name]
-
-    def predictions() -> NDArray[np.float64]:
-        predictor = make_predictor(name, options)
-        select = (gate.select.features, gate.select.errors)
-        return predictor.fit(gate.target.features, gate.target.targets, validation=select).predict(gate.test.features)
-
-    on_two = predictions()
-    torch.set_num_threads(1)
-    np.testing.assert_array_equal(predictions(), on_two)
+@each_predictor
+def test_the_number_of_threads_changes_no_bit(torch_threads: Callable[[int], None], gate: Gate, name: str) -> None:
+    options = {"mlp": {"epochs": 3, "batch": 512}, "boosted_trees": {"trees": 5}}.get(name)
+    select = (gate.select.features, gate.select.errors)
+    predictions = []
+    for threads in (1, 2):
+        torch_threads(threads)
+        with threadpool_limits(threads):
+            predictor = make_predictor(name, options).fit(gate.target.features, gate.target.targets, validation=select)
+            predictions.append(predictor.predict(gate.test.features))
+    np.testing.assert_array_equal(*predictions)
 
 
-@pytest.mark.parametrize("name", ["mlp", "logistic"])
-def test_torch_predictors_fit_inside_inference_mode(fitted: Mapping[str, Predictor], gate: Gate, name: str) -> None:
+def test_the_network_is_fitted_inside_inference_mode_too(fitted: Mapping[str, Predictor], gate: Gate) -> None:
     with torch.inference_mode():
-        inside = fit(name, gate)
-    np.testing.assert_array_equal(inside.predict(gate.test.features), fitted[name].predict(gate.test.features))
+        inside = fit("mlp", gate)
+    np.testing.assert_array_equal(inside.predict(gate.test.features), fitted["mlp"].predict(gate.test.features))
 
 
 def test_the_network_computes_what_its_weights_say(fitted: Mapping[str, Predictor], gate: Gate) -> None:
@@ -348,9 +345,9 @@ def test_logistic_weights_are_where_the_penalised_cross_entropy_is_flat(gate: Ga
     assert isinstance(logistic, LogisticPredictor)
     rows = logistic.standardizer(gate.target.features)
     residual = (logistic.predict(gate.target.features) - targets) / len(rows)
-    np.testing.assert_allclose(rows.T @ residual + 0.02 * logistic.linear.weight, 0, atol=1e-6)
+    np.testing.assert_allclose(rows.T @ residual + 0.02 * logistic.linear.weight, 0, atol=1e-5)
     pulled = logistic.linear.bias - prior_logits(targets)
-    np.testing.assert_allclose(residual.sum(axis=0) + 0.02 * pulled, 0, atol=1e-6)
+    np.testing.assert_allclose(residual.sum(axis=0) + 0.02 * pulled, 0, atol=1e-5)
     assert logistic.macs == 8 + 8 * 4
 
 

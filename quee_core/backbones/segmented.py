@@ -138,6 +138,10 @@ class SegmentedBackbone(nn.Module):
             self.output = DistilledOutput(model)
         else:
             self.output = Output(model)
+        theirs = set(model.modules())
+        for module in self.modules():
+            if module not in theirs:
+                module.training = model.training
 
     @property
     def depth(self) -> int:
