@@ -26,7 +26,7 @@ from quee_core.fronts import (
     wilson_interval,
 )
 from quee_core.gates import replay
-from quee_core.paths import FULL_PRECISION, ROOT, Path, PathTree
+from quee_core.paths import ROOT, Path, PathTree
 from quee_core.policy import GatePolicy
 from quee_core.predictors.quality import brier, expected_calibration_error, reliability_bins, rmse
 from quee_core.record import (
@@ -80,11 +80,6 @@ class MeasuredFront:
     chosen: NDArray[np.intp]
     cost: NDArray[np.float64]
     correct: NDArray[np.bool_]
-
-
-def bitops_of_gates(policy: GatePolicy, depth: int, *, projection_macs: int) -> tuple[float, ...]:
-    """BitOps of the gate at each exit, root first: they run at full precision, and are not free."""
-    return tuple(float(m) * FULL_PRECISION**2 for m in policy.macs(depth, projection_macs=projection_macs))
 
 
 def quee_decisions(

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.archive import pack, unpack
-from quee_core.clusters import Algorithm, Clustering, cluster
+from quee_core.clusters import Algorithm, cluster
 from quee_core.config import SweepConfig
 from quee_core.errors import ConfigError, NumericError, QueeError
 from quee_core.fingerprints import canonical_json
 from quee_core.paths import ROOT, Path, PathTree
 from quee_core.policy import GatePolicy
-from quee_core.predictors import PREDICTORS, Predictor
+from quee_core.predictors import PREDICTORS, Predictor, make_predictor, predictor_class
 from quee_core.predictors.quality import brier, expected_calibration_error, rmse
 from quee_core.tables import FeatureKind, Outcomes
-from quee_core.targets import cluster_counts, targets_for
+from quee_core.targets import group_sums, targets_for
 
 KIND = "gate-fits"
 FEATURES: dict[str, tuple[FeatureKind, ...]] = {
@@ -100,8 +100,8 @@ def grid_points(config: SweepConfig) -> list[GridPoint]:
     labels = Discretisation(None, 1.0, targets.clustering_features, targets.algorithm)
     points: dict[GridPoint, None] = {}
     for wanted in config.predictors:
-        kind = PREDICTORS[wanted.name]
-        kind(wanted.options)  # refuses bad options before anything runs
+        kind = predictor_class(wanted.name)
+        make_predictor(wanted.name, wanted.options)  # refuses bad options before anything runs
         for own in (labels,) if kind.discretises else discretisations:
             points[GridPoint(own, wanted.name, wanted.features, canonical_json(wanted.options))] = None
     if not points:
@@ -194,24 +194,37 @@ def _below(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray
     return {name.partition("/")[2]: array for name, array in arrays.items() if name.partition("/")[0] == prefix}
 
 
+def targets_of(
+    point: GridPoint, gate: Path, tree: PathTree, target: Outcomes, others: Outcomes, seed: int
+) -> NDArray[np.float64]:
+    """What equation 3 says of images outside `target`: rates of their clusters, fitted on `target`; float64 [n, E]."""
+    columns = [tree.index[path] for path in tree.extensions(gate)]
+    _, wanted = _targets(
+        point.discretisation, gate, target.errors[:, columns], others.errors[:, columns], target, others, seed
+    )
+    return wanted
+
+
 def _targets(
     own: Discretisation,
     gate: Path,
     errors: NDArray[np.bool_],
     seen: NDArray[np.bool_],
     target: Outcomes,
-    select: Outcomes,
+    others: Outcomes,
     seed: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Targets of the `target` rows (own label left out) and what those clusters say of the `select` rows."""
+    """Targets of the `target` rows (own label left out) and what those clusters say of the `others`' rows."""
     if own.clusters is None:
         return targets_for(errors, None, own.shrinkage), seen.astype(np.float64)
     kinds = FEATURES[own.features]
-    found: Clustering = cluster(target.gate_features(gate, kinds), own.clusters, own.algorithm, seed)
-    assignment = found.assign(target.gate_features(gate, kinds))
-    sizes, sums = cluster_counts(errors.astype(np.float64), assignment, found.k)
+    features = target.gate_features(gate, kinds)
+    found = cluster(features, own.clusters, own.algorithm, seed)
+    assignment = found.assign(features)
+    sizes = np.bincount(assignment, minlength=found.k)
+    sums = group_sums(errors.astype(np.float64), assignment, found.k)
     rates = (sums + own.shrinkage * errors.mean(axis=0)) / (sizes[:, None] + own.shrinkage)
-    wanted = rates[found.assign(select.gate_features(gate, kinds))]
+    wanted = rates[found.assign(others.gate_features(gate, kinds))]
     return targets_for(errors, assignment, own.shrinkage), wanted
 
 
@@ -229,7 +242,7 @@ def _fit(
     started = time.perf_counter()
     kinds = FEATURES[point.features]
     seen = select.gate_features(gate, kinds)
-    predictor = PREDICTORS[point.predictor](_options(point))
+    predictor = make_predictor(point.predictor, _options(point))
     try:
         predictor.fit(target.gate_features(gate, kinds), targets, validation=(seen, errors), seed=seed)
         quality = _quality(predictor.predict(seen), wanted, errors)
@@ -247,7 +260,7 @@ def _fit_root(
     seed: int,
 ) -> GateFit:
     nothing, unseen = target.gate_features(ROOT, ()), select.gate_features(ROOT, ())
-    predictor = PREDICTORS["constant"]().fit(nothing, errors.astype(np.float64), validation=(unseen, seen), seed=seed)
+    predictor = make_predictor("constant").fit(nothing, errors.astype(np.float64), validation=(unseen, seen), seed=seed)
     return GateFit(point, ROOT, predictor, None, 0.0, None)
 
 

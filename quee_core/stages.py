@@ -4,22 +4,26 @@ Each looks for its result in the store first, and says whether it computed anyth
 where the last one ended.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
+import pyarrow as pa
 import torch
 
-from quee_core.costs import edge_bits
+from quee_core.costs import CostTable, Piece, bitops_table, edge_bits, measured_table
 from quee_core.data.splits import SplitName
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, ignore_progress, uniform_pooled_tokens, walk
-from quee_core.fingerprints import fingerprint
+from quee_core.fingerprints import code_version, fingerprint
+from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
 from quee_core.network import PathNetwork
-from quee_core.paths import Path
-from quee_core.plan import SweepPlan
+from quee_core.paths import Path, PathTree
+from quee_core.plan import WALKED, SweepPlan
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
 from quee_core.store import Store
-from quee_core.tables import Cell
+from quee_core.tables import Cell, Outcomes
 
 _GRID_CODE = (
     "quee_core.grid", "quee_core.clusters", "quee_core.targets", "quee_core.fixed_point", "quee_core.predictors.base",
@@ -153,3 +157,131 @@ def extract_branch(
         for path, table in walk(network, batches, wanted, on_images=on_images):
             store.put_table(cells[path], table, {"path": str(path)})
     return Work(len(wanted), len(cells) - len(wanted))
+
+
+def branches_of(plan: SweepPlan) -> list[tuple[SplitName, int, int]]:
+    """The units of extraction: (split, image shard, first bit-width), each one walk (design, section 5)."""
+    return [
+        (split, shard, bits) for split in WALKED for shard in range(len(plan.shards(split))) for bits in plan.tree.bits
+    ]
+
+
+def outcomes_of(
+    plan: SweepPlan, store: Store, exits: FittedExits, calibration: Calibration, split: SplitName
+) -> tuple[Outcomes, str]:
+    """All paths' answers on a split, out of the store's tables, and the fingerprint of what they are.
+
+    Raises DamagedTableError, having set the table aside, for one that is damaged; a rerun computes it again.
+    """
+    shards = range(len(plan.shards(split)))
+    cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
+    tables = [
+        (path, pa.concat_tables([store.get_table(cells[shard][path]) for shard in shards]).combine_chunks())
+        for path in plan.tree.paths
+    ]
+    key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
+    return Outcomes.from_tables(tables), key
+
+
+@dataclass(frozen=True)
+class GridUnit:
+    """Work of the grid that shares clusters and targets: one gate, one discretisation, all predictors on it."""
+
+    gate: Path
+    points: tuple[GridPoint, ...]
+
+
+def grid_units(points: Sequence[GridPoint], tree: PathTree) -> list[GridUnit]:
+    """The grid cut into units, gates with the most paths first, so that the long ones don't come last."""
+    grouped: dict[Discretisation, list[GridPoint]] = {}
+    for point in points:
+        grouped.setdefault(point.discretisation, []).append(point)
+    gates = sorted(tree.gates, key=lambda gate: -len(tree.extensions(gate)))
+    return [GridUnit(gate, tuple(group)) for gate in gates for group in grouped.values()]
+
+
+def fit_unit(
+    unit: GridUnit, tree: PathTree, target: Outcomes, select: Outcomes, seed: int, store: Store, outcomes_key: str
+) -> tuple[list[GateFit], Work]:
+    """Fit a unit, or find its fits in the store; what was fitted is persisted at once (design, section 9)."""
+    key = fingerprint(
+        {
+            "outcomes": outcomes_key,
+            "gate": str(unit.gate),
+            "points": [asdict(point) for point in unit.points],
+            "seed": seed,
+            "code": code_version(_GRID_CODE),
+        }
+    )
+    data = store.get_artefact("gate-fits", key)
+    if data is not None:
+        return fits_from_bytes(data), Work(0, len(unit.points))
+    fits = fit_gate(unit.gate, unit.points, tree, target, select, seed)
+    store.put_artefact("gate-fits", key, fits_to_bytes(fits))
+    return fits, Work(len(unit.points), 0)
+
+
+def costs_of(
+    plan: SweepPlan, store: Store, network: PathNetwork, exits: FittedExits, device: torch.device
+) -> tuple[CostTable, CostTable]:
+    """Both cost models of the plan's network: BitOps, and milliseconds measured on `device` (design, section 2).
+
+    Time is measured once for each network and device, and kept in the store: a rerun must not change the fronts.
+    """
+    bitops = bitops_table(plan.loaded.backbone, exits.head_macs(), plan.tree.bits)
+    key = fingerprint(
+        {
+            "exits": plan.exits_key,
+            "bits": plan.tree.bits,
+            "batch": plan.config.cost.batch,
+            "repeats": plan.config.cost.repeats,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "code": code_version(("quee_core.costs", "quee_core.quantize.layers")),
+        }
+    )
+    data = store.get_artefact("milliseconds", key)
+    if data is not None:
+        return bitops, CostTable.from_json(data.decode())
+    measured = measured_table(
+        lambda piece: _runner(plan, network, piece, device),
+        bits=plan.tree.bits,
+        depth=plan.tree.depth,
+        batch_size=plan.config.cost.batch,
+        repeats=plan.config.cost.repeats,
+        synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
+    )
+    store.put_artefact("milliseconds", key, measured.to_json().encode())
+    return bitops, measured
+
+
+def device_name(device: torch.device) -> str:
+    """What a measurement ran on: the GPU's name, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def _runner(plan: SweepPlan, network: PathNetwork, piece: Piece, device: torch.device) -> Callable[[], object]:
+    """What runs one piece of the network once on a batch of the data set's own images."""
+    batch = next(plan.batches(plan.splits["fit"])).images
+    wanted = plan.config.cost.batch
+    images = batch.repeat(-(-wanted // len(batch)), 1, 1, 1)[:wanted].to(device)
+    if piece.kind == "stem":
+        return lambda: network.stem(images)
+    tokens = network.stem(images)
+    for index in range(piece.index - (piece.kind == "segment")):
+        tokens = network.run(index, max(plan.tree.bits), tokens)
+    if piece.kind == "segment":
+        return lambda: network.run(piece.index - 1, piece.bits, tokens)
+    return lambda: network.answer(piece.index, tokens)
+
+
+def stored_floats(
+    store: Store, kind: str, depends_on: list[object], measure: Callable[[], tuple[float, ...]]
+) -> tuple[float, ...]:
+    """Figures that were measured once and are kept, so that a rerun of the same work reports the same."""
+    key = fingerprint(depends_on)
+    data = store.get_artefact(kind, key)
+    if data is None:
+        data = json.dumps(measure()).encode()
+        store.put_artefact(kind, key, data)
+    return tuple(map(float, json.loads(data)))

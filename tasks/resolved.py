@@ -7,10 +7,15 @@ from threading import Lock
 import torch
 
 from quee_core.config import SweepConfig
+from quee_core.exits import FittedExits
+from quee_core.network import PathNetwork
 from quee_core.plan import SweepPlan, choose_device, resolve
+from quee_core.quantize.calibration import Calibration
+from quee_core.stages import network_of
 from quee_core.store import Store
 
 _resolving = Lock()
+_assembling = Lock()
 
 
 def plan_of(sweep: SweepConfig) -> SweepPlan:
@@ -35,3 +40,15 @@ def device_of(sweep: SweepConfig) -> torch.device:
 @lru_cache(maxsize=2)
 def _resolve(text: str) -> SweepPlan:
     return resolve(SweepConfig.model_validate_json(text))
+
+
+def network_for(sweep: SweepConfig) -> tuple[PathNetwork, FittedExits, Calibration]:
+    """The network that the sweep's paths run through, put together once per process."""
+    with _assembling:
+        return _network(sweep.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _network(text: str) -> tuple[PathNetwork, FittedExits, Calibration]:
+    sweep = SweepConfig.model_validate_json(text)
+    return network_of(plan_of(sweep), store_of(sweep), device_of(sweep))

@@ -40,7 +40,8 @@ class TorchvisionSet(ImageDataset):
         self.description = DatasetDescription(name, classes, tuple(parts), test, "train", "as published", str(root))
         self._parts = parts
         self._labels = {
-            part: check_labels(f"data set {name}, part {part}", held.labels, len(classes)) for part, held in parts.items()
+            part: check_labels(f"data set {name}, part {part}", held.labels, len(classes))
+            for part, held in parts.items()
         }
         starts = np.cumsum([0, *(len(held.labels) for held in parts.values())])
         self._ids = {

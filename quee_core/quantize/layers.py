@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quee_core.errors import QuantizationError
-from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, WeightGrid
+from quee_core.quantize.methods import AttentionQuantizers
+from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, to_float32
 
 # elements of the tokens that go through a segment together; with what a block makes of them they fit a core's L2 cache
 _TOGETHER = 2**17
@@ -26,37 +27,29 @@ class QuantLinear(nn.Module):
     """
 
     weight: Tensor
+    weight_scale: Tensor
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, inputs: ActivationQuantizer) -> None:
+    def __init__(self, integers: Tensor, weight_scale: Tensor, bias: Tensor, inputs: ActivationQuantizer) -> None:
+        """integers: int8 [out, in]; weight_scale, bias: float32 [out]."""
         super().__init__()
         self.inputs = inputs
-        self.out_features, self.in_features = weight.shape
-        self.exact_in_float32 = fits_float32(weight, inputs)
-        self.register_buffer("weight", weight if self.exact_in_float32 else weight.double())
+        self.out_features, self.in_features = integers.shape
+        self.product = _product_type(integers, inputs)
+        self.register_buffer("weight", integers.to(self.product))
+        self.register_buffer("weight_scale", weight_scale.clone())
         self.register_buffer("scale", weight_scale * inputs.scale)
-        self.register_buffer("bias", torch.zeros_like(weight_scale) if bias is None else bias.detach().clone())
+        self.register_buffer("bias", bias.clone())
 
-    @classmethod
-    def of(
-        cls, linear: nn.Linear, grid: WeightGrid, inputs: ActivationQuantizer, correction: Tensor | None = None
-    ) -> "QuantLinear":
-        """The quantised `linear`; correction: float32 [out], added to its bias."""
-        weight = linear.weight.detach().float()
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        if correction is not None:
-            correction = correction.to(weight.device)
-            bias = correction if bias is None else bias + correction
-        return cls(grid.integers(weight), grid.scale.to(weight.device), bias, inputs)
+    def integers(self) -> Tensor:
+        """The weight as int8 [out, in]."""
+        return self.weight.to(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        integers = self.inputs.integers(x)
-        if self.exact_in_float32:
-            sums = functional.linear(integers, self.weight)
-        else:
-            sums = functional.linear(integers.double(), self.weight).float()
+        integers = self.inputs.integers(x).to(self.product)
+        sums = functional.linear(integers, self.weight).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
 
 
@@ -71,29 +64,22 @@ class QuantConv2d(nn.Module):
     bias: Tensor
 
     def __init__(
-        self,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        inputs: ActivationQuantizer,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...] | str,
-        dilation: tuple[int, ...],
+        self, conv: nn.Conv2d, integers: Tensor, weight_scale: Tensor, correction: Tensor, inputs: ActivationQuantizer
     ) -> None:
+        """integers: int8 [out, c, kh, kw]; weight_scale and correction, added to the bias of `conv`: float32 [out]."""
         super().__init__()
         self.inputs = inputs
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.exact_in_float32 = fits_float32(weight, inputs)
-        self.register_buffer("weight", weight if self.exact_in_float32 else weight.double())
-        self.register_buffer("scale", (weight_scale * inputs.scale).reshape(-1, 1, 1))
-        offset = torch.zeros_like(weight_scale) if bias is None else bias.detach().clone()
-        self.register_buffer("bias", offset.reshape(-1, 1, 1))
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.product = _product_type(integers, inputs)
+        device = conv.weight.device
+        bias = correction.to(device) if conv.bias is None else correction.to(device) + conv.bias.detach().float()
+        self.register_buffer("weight", integers.to(device, self.product))
+        self.register_buffer("scale", (weight_scale.to(device) * inputs.scale).reshape(-1, 1, 1))
+        self.register_buffer("bias", bias.reshape(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        integers = self.inputs.integers(images)
-        if not self.exact_in_float32:
-            integers = integers.double()
+        integers = self.inputs.integers(images).to(self.product)
         sums = functional.conv2d(
             integers, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation
         ).float()
@@ -103,30 +89,24 @@ class QuantConv2d(nn.Module):
 class QuantAttention(nn.Module):
     """timm's `Attention` with quantised linear layers, and both products on integers: float32 [n, t, d] to the same.
 
-    query, key, value, weights: quantisers of q, k, v and of the softmax's output.
+    The linear layers quantise what they are given by themselves, as anywhere.
     """
 
-    def __init__(
-        self,
-        attention: Attention,
-        linears: dict[str, nn.Module],
-        query: ActivationQuantizer,
-        key: ActivationQuantizer,
-        value: ActivationQuantizer,
-        weights: ActivationQuantizer,
-    ) -> None:
+    def __init__(self, attention: Attention, quantizers: AttentionQuantizers) -> None:
+        """attention: one whose linear layers are quantised already."""
         super().__init__()
         self.num_heads: int = attention.num_heads
         self.head_dim: int = attention.head_dim
-        self.qkv = linears["qkv"]
-        self.proj = linears["proj"]
-        self.gate = linears.get("gate")
+        self.qkv: nn.Module = attention.qkv
+        self.proj: nn.Module = attention.proj
+        self.gate: nn.Module | None = attention.gate
         self.q_norm: nn.Module = attention.q_norm
         self.k_norm: nn.Module = attention.k_norm
         self.norm: nn.Module = attention.norm
-        self.query, self.key, self.value, self.weights = query, key, value, weights
-        self.score_scale = query.scale * key.scale * attention.scale
-        self.output_scale = weights.scale * value.scale
+        self.query, self.key, self.value = query, key, value = quantizers.query, quantizers.key, quantizers.value
+        self.weights = quantizers.weights
+        self.score_scale = to_float32(query.scale * key.scale * attention.scale)
+        self.output_scale = to_float32(self.weights.scale * value.scale)
         if query.largest * key.largest * self.head_dim > EXACT:
             raise QuantizationError(f"attention: heads of {self.head_dim} dimensions are too wide for exact products")
 
@@ -182,6 +162,7 @@ class QuantSegment(nn.Module):
         return torch.cat([self.blocks(part) for part in tokens.split(together)])
 
 
-def fits_float32(weight: Tensor, inputs: ActivationQuantizer) -> bool:
-    """Whether no sum of products of `inputs`' integers with a row of `weight` [out, ...] can leave float32's integers."""
-    return float(weight.flatten(1).double().abs().sum(dim=1).max()) * inputs.largest <= EXACT
+def _product_type(integers: Tensor, inputs: ActivationQuantizer) -> torch.dtype:
+    """What products of `inputs` with the rows of integers [out, ...] are exact in, whatever the inputs are."""
+    largest_sum = int(integers.flatten(1).long().abs().sum(dim=1).max()) * inputs.largest
+    return torch.float32 if largest_sum <= EXACT else torch.float64

@@ -6,8 +6,9 @@ There is one rounding formula, here and nowhere else:
 
 `round` takes halves to even, `scale` is a float32 and `inverse` the float32 nearest to 1 / scale. The zero point of an
 asymmetric quantiser is taken off already: `low` and `high` are the ends of the code range minus the zero point, so 0
-stands for 0.0, and a product of values is the product of their integers times the product of their scales. Integers
-are held in float32, which adds and multiplies them without error while no sum passes `EXACT`.
+stands for 0.0, and a product of values is the product of their integers times the product of their scales. Where few
+levels do better without one at 0, integers are the odd ones, and the formula gives the k of 2 k + 1. Integers are held
+in float32, which adds and multiplies them without error while no sum passes `EXACT`.
 """
 
 from collections.abc import Mapping
@@ -94,12 +95,44 @@ class Uniform:
 
 
 @dataclass(frozen=True, slots=True)
+class Odd:
+    """Evenly spaced levels astride 0: integers 2 k + 1 for k = low … high, low ≤ 0 ≤ high, times `scale`, a float32."""
+
+    scale: float
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+        if not self.low <= 0 <= self.high:
+            raise QuantizationError(f"quantiser: k from {self.low} to {self.high}; 0 must be one of them")
+
+    @classmethod
+    def over(cls, low: float, high: float, bits: int) -> "Odd":
+        """2^bits levels, each amid one of the equal parts that `low` … `high`, widened to hold 0.0, is cut into."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = max((high - low) / 2**bits, 2 * _SMALLEST_SCALE)
+        below = min(round(-low / step), 2**bits - 1)
+        return cls(to_float32(step / 2), -below, 2**bits - 1 - below)
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of an integer."""
+        return max(-2 * self.low - 1, 2 * self.high + 1)
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """2 clamp(round(x / (2 scale) - 1/2), low, high) + 1, float32 of the shape of `x`."""
+        codes = torch.mul(x, _inverse(2 * self.scale), out=out).sub_(0.5).round_().clamp_(self.low, self.high)
+        return codes.mul_(2).add_(1)
+
+
+@dataclass(frozen=True, slots=True)
 class TwinUniform:
     """Two evenly spaced ranges, the coarse one's step 2^shift times the fine one's `scale`, told apart by one bit.
 
-    An integer is fine, in fine_low … fine_high, where x / scale is at most `fine_high`, and else 2^shift times one in
-    1 … coarse_high. With fine_high = 0 the fine range is the negative side, which suits a GELU; with fine_low = 0 it
-    is the small values, which suits a softmax.
+    An integer is one of fine_low … fine_high, or 2^shift times one of 1 … coarse_high, whichever range is nearer.
+    With fine_high = 0 the fine range is the negative side, which suits a GELU; with fine_low = 0 it is the small
+    values, which suits a softmax.
     """
 
     scale: float
@@ -112,6 +145,8 @@ class TwinUniform:
         _check_scale(self.scale)
         if not (self.fine_low <= 0 <= self.fine_high and self.coarse_high >= 1 and 0 <= self.shift < 24):
             raise QuantizationError(f"quantiser: ranges of {self} are empty or do not hold 0")
+        if self.fine_high >= 1 << self.shift:
+            raise QuantizationError(f"quantiser: the ranges of {self} overlap")
 
     @property
     def largest(self) -> int:
@@ -121,9 +156,12 @@ class TwinUniform:
     def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Fine or coarse integers, in steps of the fine scale, float32 of the shape of `x`."""
         fine = torch.mul(x, _inverse(self.scale), out=out)
-        # the smallest coarse integer is 1, and a fine value is never above its own range
-        coarse = torch.mul(fine, 2.0**-self.shift).round_().clamp_(1, self.coarse_high).mul_(2.0**self.shift)
-        is_coarse = fine > self.fine_high + (0.5 if self.fine_high else 2.0 ** (self.shift - 1))
+        coarse = torch.mul(fine, 2.0**-self.shift)
+        if self.fine_high == 0:  # the ranges meet at 0, so an integer is the sum of its parts in both
+            coarse.round_().clamp_(0, self.coarse_high)
+            return fine.round_().clamp_(self.fine_low, 0).add_(coarse, alpha=1 << self.shift)
+        is_coarse = fine > (self.fine_high + (1 << self.shift)) / 2
+        coarse.round_().clamp_(1, self.coarse_high).mul_(1 << self.shift)
         fine.round_().clamp_(self.fine_low, self.fine_high)
         return torch.where(is_coarse, coarse, fine, out=fine)
 
@@ -159,10 +197,10 @@ class Log2:
         return scaled
 
 
-_KINDS: Mapping[str, type[Uniform] | type[TwinUniform] | type[Log2]] = MappingProxyType(
-    {"uniform": Uniform, "twin": TwinUniform, "log2": Log2}
+_KINDS: Mapping[str, type[Uniform] | type[Odd] | type[TwinUniform] | type[Log2]] = MappingProxyType(
+    {"uniform": Uniform, "odd": Odd, "twin": TwinUniform, "log2": Log2}
 )
-ActivationQuantizer = Uniform | TwinUniform | Log2
+ActivationQuantizer = Uniform | Odd | TwinUniform | Log2
 
 
 def to_settings(quantizer: ActivationQuantizer) -> dict[str, Any]:

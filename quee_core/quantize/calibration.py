@@ -1,0 +1,334 @@
+"""Calibration: the quantisers of every layer at every bit-width, found once on unlabelled images, stored and reused."""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from quee_core.archive import Arrays, pack, unpack
+from quee_core.backbones.micro_vit import ConvStem
+from quee_core.backbones.segmented import DistilledOutput, Output, SegmentedBackbone
+from quee_core.errors import DamagedTableError, NumericError, QuantizationError, ShapeMismatchError
+from quee_core.fingerprints import array_fingerprint, fingerprint
+from quee_core.paths import BIT_WIDTHS, FULL_PRECISION
+from quee_core.quantize.capture import capture
+from quee_core.quantize.layers import QuantAttention, QuantConv2d, QuantLinear, QuantSegment
+from quee_core.quantize.methods import AttentionQuantizers, LinearQuantizers, LinearSamples, QuantMethod, quant_method
+from quee_core.quantize.quantizers import from_settings, to_settings
+
+KIND = "calibration"
+
+# Modules that only combine others, or work value by value. Any other could hold a product that stays in float.
+_TRANSPARENT = (
+    Attention, Block, DistilledOutput, GluMlp, LayerScale, Mlp, nn.ModuleList, nn.Sequential, Output,
+    ParallelThingsBlock, ResPostBlock, SwiGLU,
+)  # fmt: skip
+
+LayerQuantizers = LinearQuantizers | AttentionQuantizers
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Quantisers by bit-width and layer. `edge` is the bit-width of stem and final head, `images` how many were seen.
+
+    Layers of blocks are named by block ("blocks.3.mlp.fc1"), so that a calibration does not depend on the exits.
+    """
+
+    method: str
+    edge: int
+    images: int
+    layers: Mapping[int, Mapping[str, LayerQuantizers]]
+
+    def fingerprint(self) -> str:
+        """sha256 over the whole calibration."""
+        return fingerprint([self.method, self.edge, self.images, {str(b): self.fingerprint_of(b) for b in self.layers}])
+
+    def fingerprint_of(self, bits: int) -> str:
+        """sha256 over the quantisers of one bit-width; other bit-widths do not matter. 32 bits has none."""
+        if bits == FULL_PRECISION:
+            return fingerprint("float")
+        arrays, settings = _to_plain(self._at(bits))
+        return fingerprint([array_fingerprint(arrays), settings])
+
+    def to_bytes(self) -> bytes:
+        """The calibration as one archive, without pickle."""
+        arrays: Arrays = {}
+        layers: dict[str, Any] = {}
+        for bits, found in self.layers.items():
+            own, layers[str(bits)] = _to_plain(found)
+            arrays |= {f"{bits}/{name}": array for name, array in own.items()}
+        settings = {"method": self.method, "edge": self.edge, "images": self.images, "layers": layers}
+        return pack(arrays, settings, kind=KIND)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Calibration":
+        """Read back what `to_bytes` wrote. Raises DamagedTableError for anything else."""
+        arrays, settings = unpack(data, kind=KIND)
+        try:
+            layers = {
+                int(bits): {name: _from_plain(arrays, f"{bits}/{name}", made) for name, made in found.items()}
+                for bits, found in settings["layers"].items()
+            }
+            return cls(settings["method"], settings["edge"], settings["images"], layers)
+        except (KeyError, TypeError, ValueError, QuantizationError) as error:
+            raise DamagedTableError(f"not a calibration that quee wrote: {error!r}") from error
+
+    def _at(self, bits: int) -> Mapping[str, LayerQuantizers]:
+        if bits not in self.layers:
+            raise QuantizationError(f"calibration: none at {bits} bits, only at {sorted(self.layers)}; calibrate again")
+        return self.layers[bits]
+
+
+class QuantizedBackbone(nn.Module):
+    """A backbone whose segments can run at any calibrated bit-width, or at 32, which is the backbone itself.
+
+    backbone: the float one, whose norms and embeddings the quantised parts share. stem: images to tokens at the edge
+    bit-width. final: tokens to logits at the edge bit-width, None without a head.
+    """
+
+    def __init__(
+        self,
+        backbone: SegmentedBackbone,
+        stem: nn.Module,
+        segments: Mapping[int, Sequence[nn.Module]],
+        final: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.stem = stem
+        self._segments = nn.ModuleDict({str(bits): nn.ModuleList(parts) for bits, parts in segments.items()})
+        self.final = final
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bit-widths that segments can run at, ascending."""
+        return (*sorted(map(int, self._segments)), FULL_PRECISION)
+
+    def segments(self, index: int, bits: int) -> nn.Module:
+        """Segment `index` (from 0) at `bits`. Raises QuantizationError for a bit-width that it was not made for."""
+        if bits == FULL_PRECISION:
+            return self.backbone.segments[index]
+        if str(bits) not in self._segments:
+            raise QuantizationError(f"segment {index + 1}: not quantised to {bits} bits, only to {list(self.bits)}")
+        part: nn.Module = self._segments[str(bits)][index]  # type: ignore[index]
+        return part
+
+
+def calibrate(
+    backbone: SegmentedBackbone,
+    images: Tensor | Iterable[Tensor],
+    bits: Sequence[int],
+    method: str,
+    *,
+    edge_bits: int,
+) -> Calibration:
+    """Find the quantisers of every layer of the blocks at each of `bits`, and of stem and head at `edge_bits`.
+
+    images: float [n, c, h, w], or batches of them; preprocessed, unlabelled, out of `fit`, a few hundred. The float
+    backbone runs over them once, and what its layers are given is sampled on the way; each layer is then judged by
+    itself. 32 among `bits`, or as `edge_bits`, needs no quantisers.
+    Raises NumericError that names a layer with values that are not finite, QuantizationError for an unknown method or
+    bit-width, no images, or a kind of layer that cannot be quantised.
+    """
+    chosen = quant_method(method)
+    if unknown := [b for b in (*bits, edge_bits) if b not in BIT_WIDTHS]:
+        raise QuantizationError(f"calibration: bit-widths {unknown} are not among {list(BIT_WIDTHS)}")
+    given = images if isinstance(images, Tensor) else torch.cat([*images])
+    if not len(given):
+        raise QuantizationError("calibration: no images")
+    inner, edge = sorted({*bits} - {FULL_PRECISION}), sorted({edge_bits} - {FULL_PRECISION})
+    layers: dict[int, dict[str, LayerQuantizers]] = {width: {} for width in sorted({*inner, *edge})}
+    with torch.inference_mode():
+        for name, layer, samples in capture(backbone, _folded(backbone.stem), given, _quantizable):
+            for width in inner if name.startswith("blocks.") else edge:
+                if isinstance(samples, LinearSamples):
+                    layers[width][name] = _linear_quantizers(layer, samples, width, chosen)
+                else:
+                    layers[width][name] = chosen.attention(samples, width)
+    return Calibration(method, edge_bits, len(given), layers)
+
+
+def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bits: Sequence[int]) -> QuantizedBackbone:
+    """The backbone with its segments at each of `bits` besides 32, stem and head at the calibration's edge bit-width.
+
+    `backbone` stays as it is. Raises QuantizationError if the calibration lacks a bit-width or a layer, or was made
+    for layers of other shapes.
+    """
+    stem, final = backbone.stem, backbone.final
+    if calibration.edge != FULL_PRECISION:
+        found = calibration._at(calibration.edge)
+        stem = _quantized(_folded(backbone.stem), "stem", found)
+        final = None if backbone.final is None else _quantized(backbone.final, "final", found)
+    starts = (0, *backbone.exits[:-1])
+    segments = {}
+    for width in sorted({*bits} - {FULL_PRECISION}):
+        found = calibration._at(width)
+        segments[width] = [
+            QuantSegment(
+                nn.Sequential(
+                    *(_quantized(block, f"blocks.{k}", found) for k, block in enumerate(part.blocks, start))  # type: ignore[arg-type]
+                )
+            )
+            for start, part in zip(starts, backbone.segments, strict=True)
+        ]
+    return QuantizedBackbone(backbone, stem, segments, final).eval().requires_grad_(False)
+
+
+def quantize_linear(linear: nn.Linear, inputs: Tensor, bits: int, method: str) -> nn.Module:
+    """A linear layer quantised by itself; `linear` itself at 32 bits.
+
+    inputs: float [n, in], n ≥ 1, a sample of what it is given. Raises NumericError for inputs that are not finite,
+    ShapeMismatchError for inputs of another width, QuantizationError for an unknown method.
+    """
+    if bits == FULL_PRECISION:
+        return linear
+    if inputs.dim() != 2 or inputs.shape[1] != linear.in_features or not len(inputs):
+        raise ShapeMismatchError(f"inputs {tuple(inputs.shape)} of a linear layer; want [n, {linear.in_features}]")
+    with torch.inference_mode():
+        rows = inputs.float()
+        low, high = (float(end) for end in rows.aminmax())
+        if not (-torch.inf < low and high < torch.inf):
+            raise NumericError("inputs of a linear layer: NaN or infinite values; no range can be found for them")
+        found = _linear_quantizers(linear, LinearSamples(rows, low, high), bits, quant_method(method))
+    return _quantized_linear(linear, found)
+
+
+def linear_to_arrays(layer: QuantLinear) -> Arrays:
+    """A quantised linear layer as arrays: weight int8 [out, in], scale and bias float32 [out], its input's quantiser."""
+    settings = json.dumps(to_settings(layer.inputs), sort_keys=True).encode()
+    return {
+        "weight": layer.integers().cpu().numpy(),
+        "scale": layer.weight_scale.cpu().numpy(),
+        "bias": layer.bias.cpu().numpy(),
+        "inputs": np.frombuffer(settings, np.uint8),
+    }
+
+
+def linear_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> QuantLinear:
+    """The layer that `linear_to_arrays` wrote; it computes the same bits. Raises DamagedTableError for other arrays."""
+    try:
+        inputs = from_settings(json.loads(arrays["inputs"].tobytes()))
+        weight, scale, bias = (torch.from_numpy(arrays[name].copy()) for name in ("weight", "scale", "bias"))
+        return QuantLinear(weight, scale, bias, inputs)
+    except (KeyError, ValueError, QuantizationError) as error:
+        raise DamagedTableError(f"not the arrays of a quantised linear layer: {error!r}") from error
+
+
+def _linear_quantizers(layer: nn.Module, samples: LinearSamples, bits: int, method: QuantMethod) -> LinearQuantizers:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return method.linear(weight.detach().float().flatten(1), samples, bits)
+
+
+def _quantizable(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Every linear layer, convolution and attention in `module`, by name. Raises QuantizationError for what is neither."""
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules(prefix=prefix):
+        where = f"{name}: a {type(part).__name__} that cannot be quantised"
+        if type(part) is nn.Linear or isinstance(part, Attention):
+            found[name] = part
+        elif type(part) is nn.Conv2d:
+            if part.groups != 1 or part.padding_mode != "zeros" or isinstance(part.padding, str):
+                raise QuantizationError(f"{where}: groups {part.groups}, padding {part.padding} ({part.padding_mode})")
+            found[name] = part
+        elif isinstance(part, nn.Linear | nn.Conv2d) or any(p.dim() > 1 for p in part.parameters(recurse=False)):
+            if not prefix == "stem" or isinstance(part, nn.Linear | nn.Conv2d):
+                raise QuantizationError(f"{where}: only plain linear layers and convolutions have integer versions")
+        elif prefix != "stem" and any(part.children()) and not isinstance(part, _TRANSPARENT):
+            raise QuantizationError(f"{where}: it may multiply activations in float")
+    return found
+
+
+def _folded(stem: nn.Module) -> nn.Module:
+    """The stem with batch normalisation folded into the convolutions before it; the stem itself if there is none."""
+    patches = stem.patch_embed
+    if not isinstance(patches, ConvStem):
+        return stem
+    folded = copy.copy(patches)
+    folded._modules = dict(patches._modules)
+    folded.conv1, folded.bn1 = fuse_conv_bn_eval(patches.conv1, patches.bn1), nn.Identity()  # type: ignore[assignment]
+    folded.conv2, folded.bn2 = fuse_conv_bn_eval(patches.conv2, patches.bn2), nn.Identity()  # type: ignore[assignment]
+    return _replaced(stem, "", {"patch_embed": folded})
+
+
+def _replaced(module: nn.Module, name: str, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `module` with `parts`, by name, in place of its own; whatever is not replaced is shared, not copied."""
+    if name in parts:
+        return parts[name]
+    if not any(True for _ in module.children()):
+        return module
+    made = copy.copy(module)
+    made._modules = {
+        n: None if child is None else _replaced(child, f"{name}.{n}" if name else n, parts)
+        for n, child in module._modules.items()
+    }
+    return made
+
+
+def _quantized(module: nn.Module, prefix: str, found: Mapping[str, LayerQuantizers]) -> nn.Module:
+    """`module` with quantised linear layers, convolutions and attention."""
+    replaced: dict[str, nn.Module] = {}
+    attentions: dict[str, Attention] = {}
+    for name, part in _quantizable(module, prefix).items():
+        quantizers = found.get(name)
+        if isinstance(part, Attention) and isinstance(quantizers, AttentionQuantizers):
+            attentions[name] = part
+        elif isinstance(part, nn.Linear) and isinstance(quantizers, LinearQuantizers):
+            replaced[name] = _quantized_linear(part, quantizers, name)
+        elif isinstance(part, nn.Conv2d) and isinstance(quantizers, LinearQuantizers):
+            _check_shape(quantizers, part.weight, name)
+            weight = quantizers.integers.reshape(part.weight.shape)
+            replaced[name] = QuantConv2d(part, weight, quantizers.scale, quantizers.correction, quantizers.inputs)
+        else:
+            raise QuantizationError(f"calibration: no quantisers for {name}; it was made for another backbone")
+    for name, attention in attentions.items():
+        inner = _replaced(attention, name, replaced)
+        replaced[name] = QuantAttention(inner, found[name])  # type: ignore[arg-type]
+    return _replaced(module, prefix, replaced)
+
+
+def _quantized_linear(linear: nn.Linear, found: LinearQuantizers, name: str = "a linear layer") -> QuantLinear:
+    _check_shape(found, linear.weight, name)
+    bias = found.correction.to(linear.weight.device)
+    if linear.bias is not None:
+        bias = bias + linear.bias.detach().float()
+    return QuantLinear(found.integers, found.scale, bias, found.inputs).to(linear.weight.device)
+
+
+def _check_shape(found: LinearQuantizers, weight: Tensor, name: str) -> None:
+    wanted = (weight.shape[0], weight[0].numel())
+    if found.integers.shape != wanted:
+        raise QuantizationError(
+            f"calibration: {name} is {wanted}, its quantisers are for {tuple(found.integers.shape)}; calibrate again"
+        )
+
+
+def _to_plain(found: Mapping[str, LayerQuantizers]) -> tuple[Arrays, dict[str, Any]]:
+    arrays: Arrays = {}
+    settings: dict[str, Any] = {}
+    for name, layer in found.items():
+        if isinstance(layer, LinearQuantizers):
+            settings[name] = {"inputs": to_settings(layer.inputs)}
+            for part in ("integers", "scale", "correction"):
+                arrays[f"{name}/{part}"] = getattr(layer, part).cpu().numpy()
+        else:
+            settings[name] = {operand: to_settings(getattr(layer, operand)) for operand in asdict(layer)}
+    return arrays, settings
+
+
+def _from_plain(arrays: Arrays, name: str, made: Mapping[str, Any]) -> LayerQuantizers:
+    quantizers = {operand: from_settings(settings) for operand, settings in made.items()}
+    if f"{name}/integers" not in arrays:
+        return AttentionQuantizers(**quantizers)
+    integers, scale, correction = (
+        torch.from_numpy(arrays[f"{name}/{part}"].copy()) for part in ("integers", "scale", "correction")
+    )
+    return LinearQuantizers(quantizers["inputs"], integers, scale, correction)

@@ -1,0 +1,298 @@
+"""How quantisers are chosen: `minmax` takes the whole range, `mse` what makes a layer's output err least (design, 3).
+
+A layer is judged by itself, on samples of what the float backbone gives it, so that its quantisers at one bit-width
+depend neither on other bit-widths nor on the path that leads to it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quee_core.errors import QuantizationError, did_you_mean
+from quee_core.quantize.quantizers import (
+    EXACT,
+    ActivationQuantizer,
+    Log2,
+    Odd,
+    TwinUniform,
+    Uniform,
+    WeightGrid,
+    real,
+    to_float32,
+)
+
+Error = Callable[[ActivationQuantizer], float]  # what a quantiser of a layer's input does to the layer's output
+
+FEW_BITS = 4  # up to which a level more, or where 0 lies, makes a difference
+SEARCHED_ROWS = 1024  # on which candidates are compared; whatever is fitted sees all samples
+CLIPS = tuple(0.86**k for k in range(20))  # shares of the observed range, from 1 down to 0.06
+SIDE_CLIPS = (0.5, 0.65, 0.8, 0.9, 1.1, 1.25, 1.5)  # of one end, relative to the best clip of both
+WEIGHT_CLIPS = tuple(1 - k / 40 for k in range(32))  # shares of the largest weight of a channel
+LOG2_OCTAVES = 14  # most of a softmax's octaves: with more, attention would no longer be exact in float32
+RIDGE = 0.01  # weight of the original weights, in units of the inputs' mean second moment
+DAMPING = 0.01  # of the same units, added to a second moment that is inverted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearSamples:
+    """Inputs of a linear layer: rows float32 [n, in], and the least and the largest input of all that were seen."""
+
+    rows: Tensor
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSamples:
+    """Operands of attention: query, key, value float32 [m, t, head_dim], one matrix for each image and head.
+
+    scale: of the scores, before the softmax. ranges: least and largest value that was seen, by operand.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    ranges: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearQuantizers:
+    """Of one linear layer or convolution: inputs, and integers of the weight.
+
+    integers: int8 [out, in]; scale: float32 [out], their unit; correction: float32 [out], added to the bias.
+    """
+
+    inputs: ActivationQuantizer
+    integers: Tensor
+    scale: Tensor
+    correction: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionQuantizers:
+    """Of query, key, value and the softmax's output."""
+
+    query: ActivationQuantizer
+    key: ActivationQuantizer
+    value: ActivationQuantizer
+    weights: ActivationQuantizer
+
+
+class QuantMethod(Protocol):
+    """Chooses the quantisers of one layer at one bit-width."""
+
+    def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
+        """Of weight float32 [out, in]; a convolution comes as a linear layer on its patches."""
+        ...
+
+    def attention(self, samples: AttentionSamples, bits: int) -> AttentionQuantizers:
+        """Of both products of an attention layer."""
+        ...
+
+
+def quant_method(name: str) -> QuantMethod:
+    """The method called `name`. Raises QuantizationError with near names if there is none."""
+    if name not in QUANT_METHODS:
+        raise QuantizationError(f"quantization.method {name!r}: unknown; {did_you_mean(name, QUANT_METHODS)}")
+    return QUANT_METHODS[name]
+
+
+class MinMax:
+    """The whole observed range of inputs, the largest magnitude of each channel's weights."""
+
+    def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
+        """Nearest integers; no correction."""
+        grid = _clipped_grid(weight, bits, 1.0, odd=False)
+        inputs = Uniform.over(samples.low, samples.high, bits)
+        return LinearQuantizers(inputs, grid.integers(weight).to(torch.int8), grid.scale, torch.zeros_like(grid.scale))
+
+    def attention(self, samples: AttentionSamples, bits: int) -> AttentionQuantizers:
+        """A softmax's range is [0, 1]."""
+        query, key, value = (Uniform.over(*samples.ranges[name], bits) for name in ("query", "key", "value"))
+        return AttentionQuantizers(query, key, value, Uniform.over(0.0, 1.0, bits))
+
+
+class LeastOutputError:
+    """Ranges, kinds and weights of least squared error of the layer's output.
+
+    Inputs: the ends of the range by a grid search; below `FEW_BITS` also with levels astride 0, behind a GELU also with
+    a range for each side, for a softmax also twin ranges and powers of two. Weights: those of least error on the
+    *quantised* inputs (ridge regression towards the original ones), clipped per output channel, then rounded one
+    input at a time, each time moving what is not yet rounded so that it makes up for the error [GPTQ, arXiv
+    2210.17323; ERQ, arXiv 2407.06794]. What error is left on average goes into the bias.
+    """
+
+    def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
+        """See the class."""
+        inputs = self._inputs(weight, samples, bits)
+        rows, given = samples.rows, real(inputs, samples.rows)
+        mean, given_mean = rows.mean(dim=0), given.mean(dim=0)
+        centred, given_centred = rows - mean, given - given_mean
+        moment = given_centred.T @ given_centred / len(rows)
+        wanted = weight + _ridge(weight, centred.T @ given_centred / len(rows) - moment, moment)
+        grid = _least_error_grid(wanted, moment, bits)
+        integers = round_in_turn(wanted, grid, moment)
+        correction = weight @ mean - (integers * grid.scale[:, None]) @ given_mean
+        return LinearQuantizers(inputs, integers.to(torch.int8), grid.scale, correction)
+
+    def attention(self, samples: AttentionSamples, bits: int) -> AttentionQuantizers:
+        """Query and key first, by the error of what attention gives; then its weights and the value."""
+        query, key, value = samples.query, samples.key, samples.value
+        weights = torch.softmax(torch.bmm(query, key.transpose(1, 2)) * samples.scale, dim=-1)
+        wanted = torch.bmm(weights, value)
+
+        def error_of(q: Tensor, k: Tensor) -> float:
+            found = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * samples.scale, dim=-1)
+            return _mean_square(torch.bmm(found, value) - wanted)
+
+        chosen_query = _best_range(samples.ranges["query"], bits, lambda c: error_of(real(c, query), key))
+        given_query = real(chosen_query, query)
+        chosen_key = _best_range(samples.ranges["key"], bits, lambda c: error_of(given_query, real(c, key)))
+        given_key = real(chosen_key, key)
+        given = torch.softmax(torch.bmm(given_query, given_key.transpose(1, 2)) * samples.scale, dim=-1)
+        chosen_weights = _least(
+            _softmax_quantizers(bits), lambda c: _mean_square(torch.bmm(real(c, given), value) - wanted)
+        )
+        given = real(chosen_weights, given)
+        chosen_value = _best_range(
+            samples.ranges["value"], bits, lambda c: _mean_square(torch.bmm(given, real(c, value)) - wanted)
+        )
+        return AttentionQuantizers(chosen_query, chosen_key, chosen_value, chosen_weights)
+
+    def _inputs(self, weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
+        rows = samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
+        gram = weight.T @ weight
+
+        def error(candidate: ActivationQuantizer) -> float:
+            wrong = real(candidate, rows).sub_(rows)
+            return float((wrong @ gram).mul_(wrong).sum())
+
+        best = _best_range((samples.low, samples.high), bits, error)
+        if -samples.high / 4 < samples.low < 0:  # as behind a GELU
+            best = _least([best, *_two_sided(samples.low, samples.high, bits)], error)
+        return best
+
+
+def round_in_turn(weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
+    """Integers, as float32, of weight [out, in], that err little on inputs of second moment [in, in].
+
+    Input by input, in order of falling second moment; the error of each moves the weights of the inputs to come.
+    """
+    size = len(moment)
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    inverse = torch.linalg.inv(_damped(moment)[order][:, order].double())
+    factor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).float()
+    left = weight[:, order].clone()
+    integers = torch.empty_like(left)
+    block = 64
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        errors = torch.empty_like(left[:, start:end])
+        for k in range(start, end):
+            integers[:, k] = grid.integers(left[:, k : k + 1])[:, 0]
+            errors[:, k - start] = (left[:, k] - integers[:, k] * grid.scale) / factor[k, k]
+            left[:, k + 1 : end] -= errors[:, k - start, None] * factor[k, k + 1 : end]
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return integers[:, torch.argsort(order)]
+
+
+def _ridge(weight: Tensor, covariance_left: Tensor, moment: Tensor) -> Tensor:
+    """Change of `weight` [out, in] that makes up best for the inputs' errors; covariance_left: [in, in], E[(x - x̂) x̂ᵀ]."""
+    size = len(moment)
+    strength = RIDGE * moment.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(size, device=moment.device, dtype=torch.float64)
+    solved = torch.linalg.solve(moment.double() + strength * eye, (weight @ covariance_left).T.double())
+    return solved.T.float()
+
+
+def _damped(moment: Tensor) -> Tensor:
+    strength = DAMPING * moment.diagonal().mean().clamp_min(1e-30)
+    return moment + strength * torch.eye(len(moment), device=moment.device, dtype=moment.dtype)
+
+
+def _least_error_grid(weight: Tensor, moment: Tensor, bits: int) -> WeightGrid:
+    """The clip of each output channel by (w - ŵ)ᵀ E[x xᵀ] (w - ŵ), the kind of levels by the sum over all channels."""
+    kinds = []
+    damped = _damped(moment)
+    for odd in (False, True) if bits <= FEW_BITS else (False,):
+        best, scale = torch.full((len(weight),), torch.inf, device=weight.device), torch.ones_like(weight[:, 0])
+        for clip in WEIGHT_CLIPS:
+            grid = _clipped_grid(weight, bits, clip, odd=odd)
+            wrong = grid.integers(weight).mul_(grid.scale[:, None]).sub_(weight)
+            error = (wrong @ damped).mul_(wrong).sum(dim=1)
+            better = error < best
+            best, scale = torch.where(better, error, best), torch.where(better, grid.scale, scale)
+        kinds.append((float(best.sum()), WeightGrid(scale, bits, odd)))
+    return min(kinds, key=lambda kind: kind[0])[1]
+
+
+def _clipped_grid(weight: Tensor, bits: int, clip: float, *, odd: bool) -> WeightGrid:
+    steps = 2**bits if odd else 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(dim=1).mul(clip / steps).clamp_min(2.0**-100)
+    return WeightGrid(scale, bits, odd)
+
+
+def _best_range(seen: tuple[float, float], bits: int, error: Error) -> ActivationQuantizer:
+    """Clip both ends alike, then each by itself."""
+    kinds: tuple[type[Uniform] | type[Odd], ...] = (Uniform, Odd) if bits <= FEW_BITS else (Uniform,)
+    clips = CLIPS if bits < 8 else CLIPS[:8]
+    low, high = seen
+    found: list[tuple[float, ActivationQuantizer]] = []
+    for kind in kinds:
+        tried = [(error(kind.over(low * clip, high * clip, bits)), clip) for clip in clips]
+        least, clip = min(tried)
+        ends = [low * clip, high * clip]
+        found.append((least, kind.over(*ends, bits)))
+        for side in (1, 0):
+            if ends[side] == 0.0:
+                continue
+            best_end = ends[side]
+            for share in SIDE_CLIPS:
+                moved = [*ends]
+                moved[side] = ends[side] * share
+                candidate = kind.over(*moved, bits)
+                at = error(candidate)
+                if at < found[-1][0]:
+                    found[-1], best_end = (at, candidate), moved[side]
+            ends[side] = best_end
+    return min(found, key=lambda of: of[0])[1]
+
+
+def _least(
+    candidates: Sequence[ActivationQuantizer] | Iterator[ActivationQuantizer], error: Error
+) -> ActivationQuantizer:
+    return min(candidates, key=error)
+
+
+def _softmax_quantizers(bits: int) -> Iterator[ActivationQuantizer]:
+    for clip in CLIPS:
+        yield Uniform.over(0.0, clip, bits)
+    yield Log2(min(2**bits - 2, LOG2_OCTAVES))
+    half = 2 ** (bits - 1)
+    for clip in CLIPS[:12:2]:
+        for shift in range(max(bits - 1, 1), 10):
+            # half of the levels, 0 among them, for the small values; the others end at the clip
+            coarse = half << shift
+            if coarse < EXACT:
+                yield TwinUniform(to_float32(clip / coarse), 0, half - 1, shift, half)
+
+
+def _two_sided(low: float, high: float, bits: int) -> Iterator[TwinUniform]:
+    half = 2 ** (bits - 1)
+    for clip in CLIPS[:12]:
+        for shift in range(1, 6):
+            scale = to_float32(clip * high / ((half - 1) << shift)) if half > 1 else 0.0
+            if scale and scale * half < -2 * low:
+                yield TwinUniform(scale, -half, 0, shift, half - 1)
+
+
+def _mean_square(wrong: Tensor) -> float:
+    return float(wrong.square().mean())
+
+
+QUANT_METHODS: Mapping[str, QuantMethod] = MappingProxyType({"minmax": MinMax(), "mse": LeastOutputError()})

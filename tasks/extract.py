@@ -1,0 +1,38 @@
+"""Extraction: one task fills the cells of one branch of the path tree over one shard of images."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from quee_core.config import SweepConfig
+from quee_core.data.splits import SplitName
+from quee_core.errors import QueeError
+from quee_core.stages import Work, cells_of, extract_branch
+from tasks.progress import advance
+from tasks.resolved import network_for, plan_of, store_of
+
+STAGE = "extract"
+
+
+def is_transient(_task: object, _run: object, state: object) -> bool:
+    """Whether another try can help: never after bad input, which quee's own errors report."""
+    error = getattr(state, "data", None)
+    return not isinstance(getattr(error, "exception", error), QueeError)
+
+
+@task(
+    task_run_name="extract-{split}-{shard}-first-{first_bits}-bits",
+    retries=2,
+    retry_delay_seconds=[2, 10],
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,  # the store decides; a hash of this wrapper would miss changes in quee_core
+    tags=["gpu"],
+)
+def extract(sweep: SweepConfig, split: SplitName, shard: int, first_bits: int) -> Work:
+    """Publish the tables of a branch that the store lacks; a crash loses no finished one."""
+    plan, store = plan_of(sweep), store_of(sweep)
+    network, exits, calibration = network_for(sweep)
+    cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(first_bits))
+    work = extract_branch(plan, store, network, cells, split, shard, on_images=lambda images: advance(STAGE, images))
+    if not work.computed:
+        advance(STAGE, sum(len(s.positions) for s in plan.shards(split)[shard]))
+    return work
