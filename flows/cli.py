@@ -16,6 +16,7 @@ from rich.table import Table
 from quee_core import __version__
 from quee_core.errors import QueeError
 from quee_core.record import SweepRecord
+from quee_core.runs import make_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,12 +96,13 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run what CONFIG asks for and the store lacks, then fit, replay and report the front."""
-    from flows.full_sweep import run_sweep
-
     if dry_run:
         plan(config, data_root, checkpoint, store, device, limit, as_json)
         return
     sweep_config = _configured(config, data_root, checkpoint, store, device, limit)
+    make_folder(Path(os.environ["PREFECT_HOME"]))  # Prefect makes no parents
+    from flows.full_sweep import run_sweep
+
     console = Console(stderr=as_json)
     record, report = run_sweep(sweep_config, console)
     if as_json:
@@ -258,6 +260,7 @@ def _quiet_surroundings(verbose: bool) -> None:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PREFECT_HOME": str(Path("runs").resolve() / ".prefect"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine is slow, not broken
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -1,13 +1,15 @@
-"""Fingerprints: of values, of arrays, and of the code that computes from them."""
+"""Fingerprints: of values, of arrays, and of the code that computes from them (design, section 5)."""
 
 import ast
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,36 +23,51 @@ LIBRARIES = (
 
 
 def canonical_json(value: Any) -> str:
-    """`value` as the one JSON text of it: sorted keys, no spaces. Raises ValueError for NaN, TypeError for objects."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """The one JSON text of a plain value: sorted keys, no spaces, ASCII; a tuple reads as a list.
+
+    Raises ValueError for NaN and infinities, TypeError for objects that JSON lacks and for keys that are no text:
+    JSON would write 8 and "8" alike, and two values would share a fingerprint. 1 and 1.0 stay distinct.
+    """
+    _refuse_other_keys(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """sha256, in hex, of the canonical JSON of `value`."""
+    """sha256, in hex, of the canonical JSON of `value`. Raises as `canonical_json` does."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def array_fingerprint(arrays: dict[str, NDArray[Any]]) -> str:
-    """sha256, in hex, of names, dtypes, shapes and contents; the order of the mapping does not matter."""
+def array_fingerprint(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """sha256, in hex, of names, dtypes, shapes and contents; neither the mapping's nor the memory's order matters.
+
+    Raises TypeError for arrays of Python objects or records, whose bytes are not their contents.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name])
+        if array.dtype.hasobject or array.dtype.names is not None:
+            raise TypeError(f"array {name!r}: no fingerprint of dtype {array.dtype}; want numbers, booleans or text")
         digest.update(canonical_json([name, array.dtype.str, list(array.shape)]).encode())
-        digest.update(array.tobytes())
+        digest.update(array.tobytes())  # in C order
     return digest.hexdigest()
 
 
-def code_version(modules: Sequence[str]) -> str:
+def code_version(modules: Sequence[str | ModuleType]) -> str:
     """sha256, in hex, of the syntax trees of `modules`, docstrings and comments left out (design, section 5).
 
-    A reworded comment keeps the version, a changed statement changes it. Raises ConfigError for a module without source.
+    A reworded comment keeps the version, a changed statement changes it. A package stands for itself and all modules
+    in it. Neither the order of `modules` nor repetition matters. A module's imports count only if they are named too.
+    Raises ConfigError for a module without source.
     """
-    return fingerprint([[name, _tree_of(name)] for name in modules])
+    trees: dict[str, str] = {}
+    for module in modules:
+        trees |= _trees_of(module if isinstance(module, str) else module.__name__)
+    return fingerprint(trees)
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that figures depend on; those that are not installed are left out."""
-    found = {}
+    """Versions of Python and of the libraries that figures depend on; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -59,24 +76,41 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def syntax_digest(source: str) -> str:
+    """sha256, in hex, of the syntax tree of Python `source` without docstrings, comments and positions.
+
+    Raises SyntaxError if it is not Python.
+    """
+    tree = _WithoutText().visit(ast.parse(source))
+    return hashlib.sha256(ast.dump(tree, include_attributes=False).encode()).hexdigest()
+
+
+class _WithoutText(ast.NodeTransformer):
+    """Drops statements that are nothing but a text: docstrings, of attributes too. They compute nothing."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+
 @lru_cache(maxsize=256)
-def _tree_of(module: str) -> str:
+def _trees_of(module: str) -> dict[str, str]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise ConfigError(f"module {module}: no source to take a code version from")
-    return syntax_digest(Path(spec.origin).read_text("utf-8"))
+        raise ConfigError(f"module {module}: no Python source to take a code version from; install quee from source")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = {module: Path(spec.origin)} | {
+        f"{module}/{file.relative_to(folder).as_posix()}": file for folder in folders for file in folder.rglob("*.py")
+    }
+    return {name: syntax_digest(file.read_text("utf-8")) for name, file in files.items()}
 
 
-def syntax_digest(source: str) -> str:
-    """sha256, in hex, of the syntax tree of Python `source` without docstrings, comments and positions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree, include_attributes=False).encode()).hexdigest()
+def _refuse_other_keys(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r}: no canonical JSON of a mapping whose keys are not text")
+            _refuse_other_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_other_keys(inner)

@@ -17,6 +17,14 @@ def report_path(folder: Path) -> Path:
     return folder / REPORT
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises StoreError where that can't be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be made ({error.strerror}); name another folder") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder. Raises StoreError for a full or read-only disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -40,7 +40,7 @@ def predict_grid(
             folders=folders,
             seed=sweep.seed,
             store=sweep.run.store,
-            key=outcomes_key,
+            outcomes_key=outcomes_key,
             pure=False,
         )
         for _, (found, done) in as_completed(pending, with_results=True):
@@ -51,11 +51,11 @@ def predict_grid(
 
 
 def _fit(
-    unit: GridUnit, *, tree: PathTree, folders: dict[str, FilePath], seed: int, store: str, key: str
+    unit: GridUnit, *, tree: PathTree, folders: dict[str, FilePath], seed: int, store: str, outcomes_key: str
 ) -> tuple[list[GateFit], Work]:
     """Runs in a worker: the features are mapped from disk there, not shipped."""
-    target, select = (_mapped(folders[split], key) for split in ("target", "select"))
-    return fit_unit(unit, tree, target, select, seed, Store.open(store), key)
+    target, select = (_mapped(folders[split], outcomes_key) for split in ("target", "select"))
+    return fit_unit(unit, tree, target, select, seed, Store.open(store), outcomes_key)
 
 
 @lru_cache(maxsize=4)
@@ -79,7 +79,6 @@ def _client(sweep: SweepConfig) -> Iterator[Client]:
                 n_workers=1,
                 threads_per_worker=sweep.run.dask_workers,
                 processes=False,
-                host="127.0.0.1",
                 dashboard_address=None,
             ) as cluster,
             Client(cluster) as client,

@@ -128,10 +128,10 @@ def hostile_record() -> SweepRecord:
     )
 
 
-def build_record(world: World, class_names: Sequence[str], *, noise: float = 0.25) -> SweepRecord:
+def build_record(world: World, class_names: Sequence[str], *, noise: float = 0.1) -> SweepRecord:
     """The record of QuEE, whose estimates of log odds are off by `noise`, and of four rivals in `world`."""
     tree, n = world.tree, len(world.labels)
-    prices = np.concatenate([[0.0], np.geomspace(1e-3, 3, 40)])
+    prices = np.concatenate([[0.0], np.geomspace(1e-3, 30, 50)])
     fronts = {d.method: _measure(d, world) for d in _methods(world, prices, noise)}
     low = float(world.costs.min())
     volumes = {m: hypervolume_per_image(f.cost, f.correct, low) for m, f in fronts.items()}
@@ -145,7 +145,7 @@ def build_record(world: World, class_names: Sequence[str], *, noise: float = 0.2
         cheapest_cost=low, class_names=tuple(class_names), exits=tuple(range(2, 2 * tree.depth + 1, 2)),
         bits=tree.bits, paths=len(tree.paths), splits={"fit": 4000, "target": 4500, "select": 1500, "test": n},
         cautions=(
-            "The predictor was chosen among 7 grid points on 1,500 images of `select`; its intervals do not count that.",
+            "The predictor was chosen among 7 grid points on 1,500 images of select; its intervals do not count that.",
             "2 bits, exit 1: accuracy is below 40 %, so the cheapest paths are rarely worth taking.",
         ),
         fronts=tuple(_front_record(m, f, volumes) for m, f in fronts.items()),
@@ -312,7 +312,8 @@ def _grid() -> tuple[GridRow, ...]:
     for k, (predictor, features) in enumerate([("mlp", "both"), ("mlp", "uncertainty"), ("logistic", "both")]):
         for j, clusters in enumerate([None, 20, 100]):
             point = {
-                "predictor": predictor, "features": features, "options": '{"hidden":64}' if predictor == "mlp" else "{}",
+                "predictor": predictor, "features": features,
+                "options": '{"hidden":64}' if predictor == "mlp" else "{}",
                 "clusters": clusters, "shrinkage": None if clusters is None else 5.0,
             }  # fmt: skip
             rows.append(
@@ -326,7 +327,7 @@ def _grid() -> tuple[GridRow, ...]:
     rows.append(
         GridRow(
             point=too_many, rmse=None, brier=None, ece=None, hypervolume=None, seconds=0.0, winner=False,
-            failure="more clusters than images: 5000 clusters, 4500 images of `target`",
+            failure="more clusters than images: 5000 clusters, 4500 images of target",
         )
     )  # fmt: skip
     return tuple(rows)

@@ -1,13 +1,15 @@
 """A folder of images for each class."""
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from quee_core.data.datasets import DatasetDescription, ImageDataset
+from quee_core.data.decoding import decode
 from quee_core.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -18,35 +20,45 @@ class FolderSet(ImageDataset):
     """ROOT/CLASS/*.png, or ROOT/train/CLASS, ROOT/val/CLASS, ROOT/test/CLASS; `test` (else `val`) is the test part.
 
     A sample's id is a hash of its path below ROOT, so that adding images moves no other image between splits.
+    Names that begin with a dot are passed over, as are files that are no images by their suffix.
     """
 
     def __init__(
-        self, description: DatasetDescription, files: dict[str, list[Path]], labels: dict[str, list[int]]
+        self,
+        description: DatasetDescription,
+        files: Mapping[str, Sequence[Path]],
+        labels: Mapping[str, Sequence[int]],
     ) -> None:
         self.description = description
-        self._root = Path(description.source)
+        root = Path(description.source)
         self._files = files
         self._labels = {part: np.asarray(of, np.int16) for part, of in labels.items()}
-        self._ids = {part: self._hashed(paths) for part, paths in files.items()}
+        self._ids = {part: path_ids(root, paths) for part, paths in files.items()}
 
     @classmethod
     def open(cls, root: Path) -> "FolderSet":
         """Find classes and images. Raises DataError for a class without images, or parts with other classes."""
         parts = [part for part in PARTS if (root / part).is_dir()]
         where = {part: root / part for part in parts} if parts else {"all": root}
-        names = {part: sorted(p.name for p in folder.iterdir() if p.is_dir()) for part, folder in where.items()}
-        classes = next(iter(names.values()))
+        names = {part: _class_folders(folder) for part, folder in where.items()}
+        first, classes = next(iter(names.items()))
         for part, found in names.items():
-            if found != classes:
-                odd = sorted(set(found) ^ set(classes))[0]
-                raise DataError(f"data set folder: class {odd!r} is not in every part of {root} (see {part})")
+            if odd := sorted(set(found) ^ set(classes)):
+                has, lacks = (part, first) if odd[0] in found else (first, part)
+                raise DataError(
+                    f"data set folder: class {odd[0]!r} is in {where[has]} but not in {where[lacks]}; "
+                    "every part needs every class"
+                )
         if len(classes) < 2:
-            raise DataError(f"data set folder: {root} holds {len(classes)} class folders; want at least 2")
+            raise DataError(
+                f"data set folder: {where[first]} holds {len(classes)} class folders; want at least 2, "
+                "each with the images of one class"
+            )
         files: dict[str, list[Path]] = {part: [] for part in where}
         labels: dict[str, list[int]] = {part: [] for part in where}
         for part, folder in where.items():
             for label, name in enumerate(classes):
-                images = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+                images = _images(folder / name)
                 if not images:
                     raise DataError(
                         f"data set folder: class {name!r} is empty: no image in {folder / name} "
@@ -68,22 +80,35 @@ class FolderSet(ImageDataset):
 
     def content(self, part: str, position: int) -> bytes:
         """See `ImageDataset`."""
-        path = self._files[part][position]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        return read_image_file(self._files[part][position])
 
     def image(self, part: str, position: int) -> Image.Image:
         """See `ImageDataset`."""
-        path = self._files[part][position]
-        try:
-            image = Image.open(path)
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path}: image cannot be decoded: {error}; replace or remove it") from None
-        return image
+        return decode(self.content(part, position), str(self._files[part][position]))
 
-    def _hashed(self, paths: list[Path]) -> NDArray[np.int64]:
-        digests = [hashlib.blake2b(str(p.relative_to(self._root)).encode(), digest_size=8).digest() for p in paths]
-        return (np.frombuffer(b"".join(digests), "<u8") >> np.uint64(1)).astype(np.int64)
+
+def path_ids(root: Path, files: Iterable[Path]) -> NDArray[np.int64]:
+    """A non-negative id for each file, int64 [n]: 63 bits of the blake2b hash of its path below `root`."""
+    digests = [hashlib.blake2b(f.relative_to(root).as_posix().encode(), digest_size=8).digest() for f in files]
+    return (np.frombuffer(b"".join(digests), "<u8") >> np.uint64(1)).astype(np.int64)
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of one image file. Raises DataError that names it if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"data set folder: {folder} cannot be listed ({error.strerror})") from None
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )

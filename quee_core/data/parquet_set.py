@@ -1,43 +1,47 @@
 """Encoded images in Parquet files, one file a part: what quee ships, and a form for sets of your own."""
 
-import io
 import json
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from quee_core.data.datasets import DatasetDescription, ImageDataset, TrainedOn, check_labels
+from quee_core.data.decoding import decode
 from quee_core.errors import DataError
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 ID_COLUMNS = ("sample_id", "index")
 PART_STRIDE = 2**40  # ids of sets that number each part from 0 are told apart by part
+HELD_ROW_GROUPS = 4  # one for each reader at a time: two parts, or two threads at different places of one
 
 
 class ParquetSet(ImageDataset):
-    """Parts as Arrow tables, memory-mapped; images stay encoded until they are asked for."""
+    """Parts as Parquet files of columns `sample_id` (or `index`, from 0 in each part), `label`, `image`.
+
+    Ids and labels are held; encoded images are read by row group when asked for, and the last few row groups kept,
+    so that memory does not grow with the files. Class names stand in the schema metadata, under "classes".
+    """
 
     def __init__(self, description: DatasetDescription, files: dict[str, Path]) -> None:
         self.description = description
         self._files = files
-        self._images: dict[str, pa.ChunkedArray] = {}
         self._ids: dict[str, NDArray[np.int64]] = {}
         self._labels: dict[str, NDArray[np.int16]] = {}
+        self._group_starts: dict[str, list[int]] = {}
+        # Replaced whole and never changed in place: threads may share it without a lock.
+        self._recent: tuple[tuple[tuple[str, int], pa.ChunkedArray], ...] = ()
         for number, (part, path) in enumerate(files.items()):
-            table = _read(path)
-            column = next(name for name in ID_COLUMNS if name in table.column_names)
-            ids = table[column].to_numpy().astype(np.int64)
+            column, ids, labels, starts = _read_index(path)
             self._ids[part] = ids if column == "sample_id" else ids + number * PART_STRIDE
-            labels = table["label"].to_numpy().astype(np.int64)
             self._labels[part] = check_labels(str(path), labels, len(description.classes))
-            self._images[part] = table["image"]
-        everything = np.concatenate(list(self._ids.values()))
-        if len(np.unique(everything)) != len(everything):
-            values, counts = np.unique(everything, return_counts=True)
+            self._group_starts[part] = starts
+        values, counts = np.unique(np.concatenate(list(self._ids.values())), return_counts=True)
+        if len(values) != counts.sum():
             raise DataError(
                 f"data set {description.name}: sample_id {values[counts > 1][0]} stands twice; ids must be distinct"
             )
@@ -66,21 +70,35 @@ class ParquetSet(ImageDataset):
         return self._labels[part]
 
     def content(self, part: str, position: int) -> bytes:
-        """See `ImageDataset`."""
-        data: bytes = self._images[part][position].as_py()
+        """See `ImageDataset`. Raises DataError for a row without an image, or a file that has been damaged."""
+        starts = self._group_starts[part]
+        group = bisect_right(starts, position) - 1
+        data: bytes | None = self._row_group(part, group)[position - starts[group]].as_py()
+        if data is None:
+            raise DataError(f"{self._where(part, position)}: image is empty; give one or remove the row")
         return data
 
     def image(self, part: str, position: int) -> Image.Image:
         """See `ImageDataset`."""
+        return decode(self.content(part, position), self._where(part, position))
+
+    def _row_group(self, part: str, group: int) -> pa.ChunkedArray:
+        key = (part, group)
+        recent = self._recent
+        for held, images in recent:
+            if held == key:
+                return images
+        path = self._files[part]
         try:
-            image = Image.open(io.BytesIO(self.content(part, position)))
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(
-                f"{self._files[part]}: row {position} (sample_id {self._ids[part][position]}): "
-                f"image cannot be decoded: {error}"
-            ) from None
-        return image
+            with pq.ParquetFile(path) as file:
+                images = file.read_row_group(group, columns=["image"])["image"]
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: row group {group} cannot be read: {_first_line(error)}") from None
+        self._recent = ((key, images), *recent[: HELD_ROW_GROUPS - 1])
+        return images
+
+    def _where(self, part: str, position: int) -> str:
+        return f"{self._files[part]}: row {position} (sample_id {self._ids[part][position]})"
 
 
 def bundled_fashion_mnist() -> ParquetSet:
@@ -93,37 +111,63 @@ def bundled_fashion_mnist() -> ParquetSet:
     return ParquetSet(description, files)
 
 
-def _read(path: Path) -> pa.Table:
+def _read_index(path: Path) -> tuple[str, NDArray[np.int64], NDArray[np.int64], list[int]]:
+    """Name of the id column, ids and labels int64 [n], and the row at which each row group starts."""
+    schema = _schema(path)
+    column = next((name for name in ID_COLUMNS if name in schema.names), "sample_id")
+    for wanted in (column, "label", "image"):
+        if schema.names.count(wanted) != 1:
+            raise DataError(f"{path}: want one column {wanted!r}; the file has the columns {schema.names}")
+    for wanted in (column, "label"):
+        if not pa.types.is_integer(schema.field(wanted).type):
+            raise DataError(f"{path}: column {wanted!r} is of type {schema.field(wanted).type}; want integers")
+    image = schema.field("image").type
+    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        raise DataError(f"{path}: column 'image' is of type {image}; want binary, the bytes of an image file")
     try:
-        table = pq.read_table(path, memory_map=True)
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=[column, "label"])
+            counts = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+    for name in (column, "label"):
+        if table[name].null_count:
+            row = int(np.flatnonzero(table[name].is_null().to_numpy())[0])
+            raise DataError(f"{path}: row {row}: {name} is empty")
+    ids, labels = (table[name].to_numpy().astype(np.int64) for name in (column, "label"))
+    return column, ids, labels, np.cumsum([0, *counts])[:-1].tolist()
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    for wanted in ("label", "image"):
-        if wanted not in table.column_names:
-            raise DataError(f"{path}: column {wanted!r} is missing; it has {table.column_names}")
-    if not set(ID_COLUMNS) & set(table.column_names):
-        raise DataError(f"{path}: column 'sample_id' is missing; it has {table.column_names}")
-    for name in table.column_names:
-        if table[name].null_count:
-            row = int(np.flatnonzero(table[name].is_null().to_numpy(zero_copy_only=False))[0])
-            raise DataError(f"{path}: row {row}: {name} is empty")
-    return table
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
 
 
 def _classes(files: dict[str, Path]) -> tuple[str, ...]:
-    found: dict[str, tuple[str, ...]] = {}
-    for path in files.values():
-        try:
-            metadata = pq.read_schema(path).metadata or {}
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing") from None
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-        if b"classes" not in metadata:
-            raise DataError(f"{path}: its schema metadata lacks 'classes', a JSON list of class names")
-        found[str(path)] = tuple(map(str, json.loads(metadata[b"classes"])))
-    if len(set(found.values())) != 1:
-        raise DataError(f"the parts disagree on the class names: {sorted(found)}")
-    return next(iter(found.values()))
+    found = {path: _class_names(path) for path in files.values()}
+    (first, classes), *others = found.items()
+    for path, names in others:
+        if names != classes:
+            raise DataError(f"{path}: its class names differ from those of {first}; the parts of a set share them")
+    return classes
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    metadata = _schema(path).metadata or {}
+    if b"classes" not in metadata:
+        raise DataError(f"{path}: its schema metadata lacks 'classes', a JSON list of class names")
+    try:
+        names = json.loads(metadata[b"classes"])
+    except ValueError as error:
+        raise DataError(f"{path}: 'classes' in its schema metadata is not JSON: {error}") from None
+    if not isinstance(names, list) or len(names) < 2 or len(set(map(str, names))) != len(names):
+        raise DataError(f"{path}: 'classes' in its schema metadata: want a JSON list of two or more distinct names")
+    return tuple(map(str, names))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

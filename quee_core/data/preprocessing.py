@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision.transforms import functional
 
 from quee_core.fingerprints import fingerprint
 
@@ -53,13 +53,26 @@ class Preprocessing:
         )  # fmt: skip
         mode = "L" if self.size[0] == 1 else "RGB"
         whole = (self.size[2], self.size[1])
+        mean, std = (np.array(of, np.float32).reshape(-1, 1, 1) for of in (self.mean, self.std))
 
         def apply(image: Image.Image) -> Tensor:
-            converted = image if image.mode == mode else image.convert(mode)
+            converted = _converted(image, mode)
             if converted.size == whole and self.crop_pct == 1.0:
-                pixels = functional.pil_to_tensor(converted).to(torch.float32) / 255
-                return functional.normalize(pixels, list(self.mean), list(self.std), inplace=True)
+                # The same numbers as torchvision's, in a quarter of its time for a small image.
+                planes = np.atleast_3d(np.asarray(converted)).transpose(2, 0, 1)
+                return torch.from_numpy((planes.astype(np.float32, order="C") / np.float32(255) - mean) / std)
             tensor: Tensor = resized(converted)
             return tensor
 
         return apply
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in `mode`, "L" or "RGB", with eight bits a channel."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight, which turns most images white
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) * 255 // 65_535).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # what Pillow asks for; the opaque colours are the same
+    return image.convert(mode)

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.data.datasets import ImageDataset, TrainedOn
-from quee_core.errors import DataError
+from quee_core.data.datasets import DatasetDescription, ImageDataset, TrainedOn
+from quee_core.errors import ConfigError, DataError
 
 SplitName = Literal["fit", "target", "select", "test"]
 SPLITS: tuple[SplitName, ...] = ("fit", "target", "select", "test")
@@ -37,11 +37,15 @@ def hash_uniform(sample_ids: NDArray[np.int64], seed: int) -> NDArray[np.float64
 def assign_splits(sample_ids: NDArray[np.int64], fractions: Mapping[SplitName, float], seed: int) -> NDArray[np.int8]:
     """Position in `SPLITS` of each id, int8 [n]: independent of the other ids and of their order.
 
-    fractions: expected share of each split; they are scaled to add up to 1.
+    fractions: expected share of each split; they are scaled to add up to 1. Raises ConfigError if one is negative or
+    not finite, or all are zero.
     """
+    if not all(0 <= share < np.inf for share in fractions.values()) or not any(fractions.values()):
+        raise ConfigError(f"shares {dict(fractions)}: want numbers from 0, one of them above 0")
     edges = np.cumsum([fractions.get(name, 0.0) for name in SPLITS])
     drawn = hash_uniform(sample_ids, seed) * edges[-1]
-    return np.searchsorted(edges[:-1], drawn, side="right").astype(np.int8)
+    member: NDArray[np.int8] = np.searchsorted(edges[:-1], drawn, side="right").astype(np.int8)
+    return member
 
 
 def choose_splits(
@@ -54,38 +58,24 @@ def choose_splits(
 ) -> tuple[dict[SplitName, tuple[Selection, ...]], tuple[str, ...]]:
     """Divide a data set's images; returns the splits, and what a reader of the results must be told.
 
-    The official test part is `test`. Where the backbone was trained on the other part, that part serves `fit`
-    alone, and target, select and test share the test part: a backbone's confidence on its own training images
-    says nothing about new ones. Without a test part all four come from the hash. `limit` keeps the images of
-    each split whose hash is lowest. Raises DataError for a class without images in `fit` or an empty split.
+    The official test part is `test`. A backbone's confidence on its own training images says nothing about new ones:
+    where it was trained on the training part (`trained_on` "train"; the part of that name, else all that are not
+    test), that part serves `fit` alone, and the other splits share what is left. Without a test part, `test` comes
+    from the hash too. `limit` keeps the images of each split whose hash is lowest.
+
+    Raises DataError for a class without images in `fit`, a split that is empty, or a set without an image that the
+    backbone has not seen.
     """
     about = dataset.description
     trained = trained_on or about.trained_on
-    rest = [part for part in about.parts if part != about.test_part]
-    cautions = []
-    if about.test_part is None:
-        plan = [(part, dict(fractions)) for part in rest]
-        if fractions.get("test", 0.0) <= 0:
-            raise DataError(
-                f"data set {about.name}: it has no official test part, and dataset.test is 0; "
-                "give dataset.test a share, such as 0.3"
-            )
-    elif trained == "train":
-        shared = {name: fractions[name] for name in ("target", "select")} | {"test": fractions["fit"]}
-        plan = [(part, {"fit": 1.0}) for part in rest] + [(about.test_part, shared)]
-        cautions.append(
-            "the backbone was trained on the training part, so target, select and test share the official test part"
-        )
-    else:
-        own = {name: share for name, share in fractions.items() if name != "test"}
-        plan = [(part, own) for part in rest] + [(about.test_part, {"test": 1.0})]
+    plan, cautions = _shares(about, fractions, seen_by_backbone=_seen_parts(about) if trained == "train" else ())
     if trained == "unknown":
         cautions.append(
             "it is not known which images the backbone was trained on; if target or select hold some of them, "
             "its confidence there is too high"
         )
     splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
-    for part, shares in plan:
+    for part, shares in plan.items():
         member = assign_splits(dataset.sample_ids(part), shares, seed)
         for k, name in enumerate(SPLITS):
             if len(positions := np.flatnonzero(member == k)):
@@ -95,6 +85,41 @@ def choose_splits(
     chosen = {name: tuple(parts) for name, parts in splits.items()}
     _check(dataset, chosen)
     return chosen, tuple(cautions)
+
+
+def _seen_parts(about: DatasetDescription) -> tuple[str, ...]:
+    rest = tuple(part for part in about.parts if part != about.test_part)
+    return ("train",) if "train" in rest else rest
+
+
+def _shares(
+    about: DatasetDescription, fractions: Mapping[SplitName, float], *, seen_by_backbone: tuple[str, ...]
+) -> tuple[dict[str, dict[SplitName, float]], list[str]]:
+    """Share of each split in each part, and what must be told of it."""
+    unseen = [part for part in about.parts if part not in seen_by_backbone]
+    own: dict[SplitName, float] = {name: fractions.get(name, 0.0) for name in SPLITS}
+    if about.test_part is None and own["test"] <= 0:
+        raise DataError(
+            f"data set {about.name}: it has no official test part, and dataset.test is 0; "
+            "give dataset.test a share, such as 0.3"
+        )
+    if not seen_by_backbone:
+        inner = own if about.test_part is None else own | {"test": 0.0}
+        return {part: {"test": 1.0} if part == about.test_part else inner for part in about.parts}, []
+    if not unseen:
+        raise DataError(
+            f"data set {about.name}: the backbone was trained on all its parts ({', '.join(about.parts)}), and target, "
+            "select and test want new images; add a part, such as test, or change dataset.trained_on"
+        )
+    plan: dict[str, dict[SplitName, float]] = {part: {"fit": 1.0} for part in seen_by_backbone}
+    if unseen == [about.test_part]:
+        shared: dict[SplitName, float] = {"target": own["target"], "select": own["select"]}
+        plan[unseen[0]] = shared | {"test": own["test"] or own["fit"]}
+        return plan, [
+            "the backbone was trained on the training part, so target, select and test share the official test part"
+        ]
+    inner = own | {"fit": 0.0, "test": own["test"] if about.test_part is None else 0.0}
+    return plan | {part: {"test": 1.0} if part == about.test_part else inner for part in unseen}, []
 
 
 def _lowest(dataset: ImageDataset, parts: list[Selection], seed: int, limit: int) -> list[Selection]:

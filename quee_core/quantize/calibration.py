@@ -21,7 +21,7 @@ from quee_core.errors import DamagedTableError, NumericError, QuantizationError,
 from quee_core.fingerprints import array_fingerprint, fingerprint
 from quee_core.paths import BIT_WIDTHS, FULL_PRECISION
 from quee_core.quantize.capture import capture
-from quee_core.quantize.layers import QuantAttention, QuantConv2d, QuantLinear, QuantSegment
+from quee_core.quantize.layers import InParts, QuantAttention, QuantConv2d, QuantLinear, steady
 from quee_core.quantize.methods import AttentionQuantizers, LinearQuantizers, LinearSamples, QuantMethod, quant_method
 from quee_core.quantize.quantizers import from_settings, to_settings
 
@@ -164,22 +164,20 @@ def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bit
     for layers of other shapes.
     """
     stem, final = backbone.stem, backbone.final
+    image_size = backbone.num_tokens * backbone.embed_dim
     if calibration.edge != FULL_PRECISION:
         found = calibration._at(calibration.edge)
-        stem = _quantized(_folded(backbone.stem), "stem", found)
+        stem = InParts(_quantized(_folded(backbone.stem), "stem", found), image_size)
         final = None if backbone.final is None else _quantized(backbone.final, "final", found)
     starts = (0, *backbone.exits[:-1])
     segments = {}
     for width in sorted({*bits} - {FULL_PRECISION}):
         found = calibration._at(width)
-        segments[width] = [
-            QuantSegment(
-                nn.Sequential(
-                    *(_quantized(block, f"blocks.{k}", found) for k, block in enumerate(part.blocks, start))  # type: ignore[arg-type]
-                )
-            )
+        blocks = [
+            [_quantized(block, f"blocks.{k}", found) for k, block in enumerate(part.blocks, start)]  # type: ignore[arg-type]
             for start, part in zip(starts, backbone.segments, strict=True)
         ]
+        segments[width] = [InParts(nn.Sequential(*part), image_size) for part in blocks]
     return QuantizedBackbone(backbone, stem, segments, final).eval().requires_grad_(False)
 
 
@@ -274,8 +272,10 @@ def _replaced(module: nn.Module, name: str, parts: Mapping[str, nn.Module]) -> n
 
 
 def _quantized(module: nn.Module, prefix: str, found: Mapping[str, LayerQuantizers]) -> nn.Module:
-    """`module` with quantised linear layers, convolutions and attention."""
-    replaced: dict[str, nn.Module] = {}
+    """`module` with quantised linear layers, convolutions and attention, and steady activations."""
+    replaced: dict[str, nn.Module] = {
+        name: kept for name, part in module.named_modules(prefix=prefix) if (kept := steady(part)) is not None
+    }
     attentions: dict[str, Attention] = {}
     for name, part in _quantizable(module, prefix).items():
         quantizers = found.get(name)

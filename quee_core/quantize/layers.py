@@ -3,11 +3,17 @@
 The operands of every product are integers held in float32. Their sums stay below 2^24 in magnitude, so they are exact
 in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
 on threads or BLAS. Where the sums of a layer could grow beyond that, its products are taken in float64, which is exact
-up to 2^53. One pass then brings the integers back to real values, accumulator * scale + bias.
+up to 2^53. One pass then brings the integers back to real values, accumulator * scale + bias. The activations between
+the layers are made of operations that treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
 
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, GELUTanh, QuickGELU
+from timm.layers.activations import GELU, Swish
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,8 +21,9 @@ from quee_core.errors import QuantizationError
 from quee_core.quantize.methods import AttentionQuantizers
 from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, to_float32
 
-# elements of the tokens that go through a segment together; with what a block makes of them they fit a core's L2 cache
-_TOGETHER = 2**17
+# Elements of the tokens that go through a part together: few enough for what a block makes of them to stay in the
+# cache, and enough that calling operations costs little. On two cores twice as many or half as many are slower.
+_TOGETHER = 200_000
 
 
 class QuantLinear(nn.Module):
@@ -129,7 +136,7 @@ class QuantAttention(nn.Module):
         torch.mul(sums.transpose(1, 2), self.output_scale, out=mixed.view(images, tokens, self.num_heads, -1))
         normed = self.norm(mixed)
         if self.gate is not None:
-            normed = normed * self.gate(x).sigmoid()
+            normed = normed * _sigmoid(self.gate(x))
         projected: Tensor = self.proj(normed)
         return projected
 
@@ -142,24 +149,73 @@ class QuantAttention(nn.Module):
         return torch.bmm(attention.double(), values.double()).float()
 
 
-class QuantSegment(nn.Module):
-    """Quantised blocks between two exits: tokens float32 [n, t, d] to tokens of the same shape.
+class SteadyActivation(nn.Module):
+    """An activation whose result for an element does not depend on where in a tensor the element stands.
 
-    On a CPU a few images at a time go through all blocks, so that what one operation writes is still in the cache when
-    the next one reads it.
+    torch's own GELU and sigmoid take other code for the last few elements of what a thread works on, and round
+    differently there. share: what x is multiplied with, out of operations that do not, from x to a new tensor.
     """
 
-    def __init__(self, blocks: nn.Sequential) -> None:
+    def __init__(self, share: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.share = share
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Run the blocks in order."""
-        together = max(1, _TOGETHER // tokens[0].numel()) if len(tokens) else 1
-        if tokens.is_cuda or len(tokens) <= together:
-            behind: Tensor = self.blocks(tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        """x * share(x), float32 of the shape of `x`."""
+        return self.share(x).mul_(x)
+
+
+def steady(activation: nn.Module) -> SteadyActivation | None:
+    """What takes the place of `activation`; None for one that is not known to be unsteady."""
+    if type(activation) is nn.GELU and activation.approximate == "tanh":
+        return SteadyActivation(_tanh_share)
+    share = _SHARES.get(type(activation))
+    return None if share is None else SteadyActivation(share)
+
+
+class InParts(nn.Module):
+    """Runs `inside` on a few images at a time: float32 [n, ...] to float32 [n, ...], image by image.
+
+    On a CPU what one operation writes is then still in the cache when the next one reads it; on a GPU all images run
+    together. image_size: elements of what an image is inside, which says how many are a few.
+    """
+
+    def __init__(self, inside: nn.Module, image_size: int) -> None:
+        super().__init__()
+        self.inside = inside
+        self.together = max(1, round(_TOGETHER / image_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if x.is_cuda or len(x) <= self.together:
+            behind: Tensor = self.inside(x)
             return behind
-        return torch.cat([self.blocks(part) for part in tokens.split(together)])
+        return torch.cat([self.inside(part) for part in x.split(self.together)])
+
+
+def _gelu_share(x: Tensor) -> Tensor:
+    return x.mul(math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+
+
+def _tanh_share(x: Tensor) -> Tensor:
+    cubed = x.square().mul_(0.044715).add_(1).mul_(x)
+    return cubed.mul_(math.sqrt(2 / math.pi)).tanh_().add_(1).mul_(0.5)
+
+
+def _sigmoid(x: Tensor, slope: float = 1.0) -> Tensor:
+    return x.mul(-slope).exp_().add_(1).reciprocal_()
+
+
+_SHARES: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        nn.GELU: _gelu_share,
+        GELU: _gelu_share,
+        GELUTanh: _tanh_share,
+        QuickGELU: lambda x: _sigmoid(x, 1.702),
+        nn.SiLU: _sigmoid,
+        Swish: _sigmoid,
+    }
+)
 
 
 def _product_type(integers: Tensor, inputs: ActivationQuantizer) -> torch.dtype:

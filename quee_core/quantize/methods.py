@@ -33,7 +33,7 @@ CLIPS = tuple(0.86**k for k in range(20))  # shares of the observed range, from 
 SIDE_CLIPS = (0.5, 0.65, 0.8, 0.9, 1.1, 1.25, 1.5)  # of one end, relative to the best clip of both
 WEIGHT_CLIPS = tuple(1 - k / 40 for k in range(32))  # shares of the largest weight of a channel
 LOG2_OCTAVES = 14  # most of a softmax's octaves: with more, attention would no longer be exact in float32
-RIDGE = 0.01  # weight of the original weights, in units of the inputs' mean second moment
+RIDGE = 0.1  # weight of the original weights, in units of the inputs' mean second moment
 DAMPING = 0.01  # of the same units, added to a second moment that is inverted
 
 

@@ -7,8 +7,8 @@ There is one rounding formula, here and nowhere else:
 `round` takes halves to even, `scale` is a float32 and `inverse` the float32 nearest to 1 / scale. The zero point of an
 asymmetric quantiser is taken off already: `low` and `high` are the ends of the code range minus the zero point, so 0
 stands for 0.0, and a product of values is the product of their integers times the product of their scales. Where few
-levels do better without one at 0, integers are the odd ones, and the formula gives the k of 2 k + 1. Integers are held
-in float32, which adds and multiplies them without error while no sum passes `EXACT`.
+levels do better astride 0, integers are the odd ones, 2 * clamp(floor(x * inverse), low, high) + 1 with the inverse of
+2 * scale. Integers are held in float32, which adds and multiplies them without error while no sum passes `EXACT`.
 """
 
 from collections.abc import Mapping
@@ -121,9 +121,9 @@ class Odd:
         return max(-2 * self.low - 1, 2 * self.high + 1)
 
     def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """2 clamp(round(x / (2 scale) - 1/2), low, high) + 1, float32 of the shape of `x`."""
-        codes = torch.mul(x, _inverse(2 * self.scale), out=out).sub_(0.5).round_().clamp_(self.low, self.high)
-        return codes.mul_(2).add_(1)
+        """2 clamp(floor(x / (2 scale)), low, high) + 1, float32 of the shape of `x`."""
+        parts = torch.mul(x, _inverse(2 * self.scale), out=out).floor_().clamp_(self.low, self.high)
+        return torch.add(parts.new_ones(()), parts, alpha=2, out=parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,5 +241,5 @@ class WeightGrid:
         scale = self.scale.to(weight.device).reshape(-1, *(1,) * (weight.dim() - 1))
         if not self.odd:
             return weight.mul(scale.reciprocal()).round_().clamp_(-self.largest, self.largest)
-        codes = weight.mul((2 * scale).reciprocal()).sub_(0.5).round_()
-        return codes.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).mul_(2).add_(1)
+        parts = weight.mul((2 * scale).reciprocal()).floor_()
+        return parts.clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1).mul_(2).add_(1)

@@ -4,8 +4,10 @@ Every function takes a SweepRecord and returns a Plotly figure of the light them
 what a figure shows gives a figure that says so.
 """
 
+import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -21,12 +23,13 @@ from quee_core.record import (
     SweepRecord,
 )
 from quee_core.report import palette
+from quee_core.report.summary import full_accuracy
 from quee_core.report.wording import interval, method_name, percent, plotly_text, quantity
 
 SHOWN_CLASSES = 24
 SHOWN_PATHS = 24
 SHOWN_GATES = 40
-ALL = "all"
+_POINT_TITLE = "mean cost of the operating point"
 _BETWEEN = 8  # drawn vertices between two operating points, so that time-sharing stays true on a logarithmic axis
 
 
@@ -36,11 +39,11 @@ def front(record: SweepRecord) -> go.Figure:
     Bands are the intervals. Points that were not chosen on `select` are hollow and stand alone. Bounds, which know
     the label, are dotted.
     """
-    figure = _figure("Accuracy–cost front on the test images", height=480)
+    figure = _figure("Accuracy–cost front on the test images", height=520)
     styles = _styles(record.fronts)
     for own in sorted(record.fronts, key=lambda f: f.kind == "quee"):  # quee last: on top
         colour, dash, symbol = styles[own.method]
-        name = plotly_text(method_name(own.method)) + (" (knows the label)" if own.kind == "bound" else "")
+        name = plotly_text(method_name(own.method)) + (" (bound)" if own.kind == "bound" else "")
         chosen = sorted((p for p in own.points if p.chosen), key=lambda p: p.cost)
         rank = 1 if own.kind == "quee" else 3 if own.kind == "bound" else 2
         common = {"legendgroup": own.method, "legendrank": rank, "name": name}
@@ -66,6 +69,13 @@ def front(record: SweepRecord) -> go.Figure:
                     hovertext=[_front_hover(name, p) for p in points], hoverinfo="text",
                     showlegend=filled or not chosen, **common,
                 )  # fmt: skip
+    full = full_accuracy(record)
+    if full is not None:
+        figure.add_hline(
+            y=full, line={"color": palette.MUTED, "width": 1, "dash": "dash"},
+            annotation={"text": f"full model {percent(full)}", "font": {"color": palette.MUTED, "size": 12}},
+            annotation_position="top right",
+        )  # fmt: skip
     figure.update_xaxes(title_text=f"cost, relative to {_full_path(record)}", tickformat="~%")
     figure.update_yaxes(title_text="test accuracy", tickformat=".1~%", range=_accuracy_range(record.fronts))
     return figure
@@ -73,71 +83,69 @@ def front(record: SweepRecord) -> go.Figure:
 
 def shares_by_path(record: SweepRecord) -> go.Figure:
     """Share of the test images that answer by each path, at each reported operating point; the rarest are summed."""
-    rows = _shares_of(record, ALL)
+    rows = _overall(record)
     total: dict[str, float] = defaultdict(float)
     for row in rows:
         for path, share in row.shares.items():
             total[path] += share
     kept = sorted(sorted(total, key=lambda p: -total[p])[:SHOWN_PATHS], key=_path_order)
-    names = list(kept)
+    names = [_path_label(path) for path in kept]
     table = [[row.shares.get(path, 0.0) for row in rows] for path in kept]
     if rare := len(total) - len(kept):
         names.append(f"{rare} others")
         table.append([sum(s for p, s in row.shares.items() if p not in kept) for row in rows])
-    figure = _figure("Share of images by path", height=150 + 24 * max(4, len(names)))
+    figure = _figure("Share of images by path", height=max(560, 150 + 24 * len(names)))
     if not rows:
         return _empty(figure, "No shares were recorded")
     figure.add_heatmap(
-        z=table, x=[_point_name(row) for row in rows], y=names, zmin=0, zmax=1, xgap=2, ygap=2, showscale=False,
-        colorscale=[[0, palette.SURFACE], [1e-6, palette.EXITS[0]], [0.35, palette.EXITS[5]], [1, palette.EXITS[11]]],
+        z=table, x=list(range(len(rows))), y=names, zmin=0, zmax=1, xgap=2, ygap=2, showscale=False,
+        colorscale=list(zip((0, 0.1, 0.5, 1), (palette.SURFACE, *palette.HEAT), strict=True)),
         text=[[f"{100 * share:.0f}" if share >= 0.005 else "" for share in line] for line in table],
         texttemplate="%{text}",
-        customdata=[[[row.price, row.n] for row in rows] for _ in names],
-        hovertemplate="path %{y}: %{z:.1%} of %{customdata[1]} images<br>λ = %{customdata[0]:.4g}, cost %{x}"
-        "<extra></extra>",
+        customdata=[[[row.price, row.n, row.cost, path] for row in rows] for path in [*kept, names[-1]][: len(names)]],
+        hovertemplate="path %{customdata[3]}: %{z:.1%} of %{customdata[1]:,} images<br>λ = %{customdata[0]:.4g}, "
+        "cost %{customdata[2]:.1%}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(title_text="mean cost of the operating point", type="category", showgrid=False, side="bottom")
+    figure.update_xaxes(**_point_axis(rows), showgrid=False, title_text=_POINT_TITLE)
     figure.update_yaxes(title_text="path", type="category", autorange="reversed", showgrid=False)
     return figure
 
 
 def shares_by_exit(record: SweepRecord) -> go.Figure:
     """Where images leave, and at which bit-widths their segments run, at each reported operating point."""
-    rows = _shares_of(record, ALL)
+    rows = _overall(record)
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12,
-        subplot_titles=("images, by the exit that answers", "segments, by bit-width (rest: not run)"),
+        subplot_titles=("images, by the exit that answers", "segments, by bit-width"),
     )  # fmt: skip
     _dress(figure, "Share of images by exit, and of segments by bit-width", height=560)
     if not rows:
         return _empty(figure, "No shares were recorded")
-    names = [_point_name(row) for row in rows]
     depth = len(record.exits)
 
     def bars(panel: int, name: str, colour: str, values: list[float], hover: str) -> None:
         figure.add_bar(
-            row=panel, col=1, x=names, y=values, name=name, legend="legend" if panel == 1 else "legend2",
-            marker={"color": colour, "line": {"color": palette.SURFACE, "width": 1}}, text=[hover] * len(names),
-            textposition="none", hovertemplate="%{text}: %{y:.1%}<br>cost %{x}<extra></extra>",
+            row=panel, col=1, x=list(range(len(rows))), y=values, name=name,
+            marker={"color": colour, "line": {"color": palette.SURFACE, "width": 1}},
+            hovertext=[
+                f"{hover}: {percent(value)}<br>λ = {row.price:.4g}, cost {percent(row.cost)}"
+                for value, row in zip(values, rows, strict=True)
+            ],
+            hoverinfo="text",
         )  # fmt: skip
 
     for k, colour in enumerate(palette.exit_colours(depth), start=1):
         share = [sum(s for p, s in row.shares.items() if Path.parse(p).exit == k) for row in rows]
         bars(1, f"exit {k}", colour, share, f"images that leave at exit {k} (of {depth})")
-    for bits, colour in palette.bits_colours(record.bits).items():
+    for bits, colour in _bits_colours(record, record.bits).items():
         run = [sum(s * Path.parse(p).bits.count(bits) for p, s in row.shares.items()) / depth for row in rows]
         bars(2, f"{bits} bits", colour, run, f"segments run at {bits} bits")
     idle = [sum(s * (depth - Path.parse(p).exit) for p, s in row.shares.items()) / depth for row in rows]
     bars(2, "not run", palette.NOT_RUN, idle, "segments saved by leaving early")
-    figure.update_layout(
-        barmode="stack",
-        bargap=0.25,
-        legend={"yref": "paper", "y": 0.54, "yanchor": "top"},
-        legend2={**palette.TEMPLATE.layout.legend.to_plotly_json()},
-    )
+    figure.update_layout(barmode="stack", bargap=0.25)
     figure.update_yaxes(range=[0, 1], tickformat=".0%")
-    figure.update_xaxes(type="category")
-    figure.update_xaxes(title_text="mean cost of the operating point", row=2, col=1)
+    figure.update_xaxes(**_point_axis(rows))
+    figure.update_xaxes(title_text=_POINT_TITLE, row=2, col=1)
     for note in figure.layout.annotations:
         note.update(x=0, xanchor="left", font={"size": 13, "color": palette.MUTED})
     return figure
@@ -149,17 +157,19 @@ def shares_by_class(record: SweepRecord, price: float | None = None) -> go.Figur
     Classes are ordered by how early they leave; of many, the first and the last are shown. Within an exit, fainter
     segments are narrower paths.
     """
-    prices = sorted({row.price for row in record.shares if row.class_name != ALL}, reverse=True)
+    by_price = shares_by_price(record)
+    prices = [p for p, (_, classes) in by_price.items() if classes]
     if not prices:
         return _empty(_figure("Share of images by class", height=220), "No shares by class were recorded")
     at = prices[len(prices) // 2] if price is None else price
-    rows = sorted((r for r in record.shares if r.price == at and r.class_name != ALL), key=_mean_exit)
-    if len(rows) > SHOWN_CLASSES:
-        half = SHOWN_CLASSES // 2
-        rows = [*rows[:half], *rows[-half:]]
-    rows = [*(r for r in record.shares if r.price == at and r.class_name == ALL), *rows]
-    figure = _figure("Share of images by class and path", height=150 + 26 * max(4, len(rows)))
-    labels = [plotly_text(_shortened("all classes" if r.class_name == ALL else r.class_name)) for r in rows]
+    whole, classes = by_price[at]
+    classes = sorted((row for row in classes if row.n), key=_mean_exit)
+    if len(classes) > SHOWN_CLASSES:
+        classes = [*classes[: SHOWN_CLASSES // 2], *classes[-SHOWN_CLASSES // 2 :]]
+    rows = [whole, *classes]
+    title = f"Share of images by class and path (λ = {at:.4g}, cost {percent(whole.cost)})"
+    figure = _figure(title, height=150 + 26 * max(4, len(rows)))
+    labels = ["<b>all images</b>", *(plotly_text(_shortened(row.class_name)) for row in classes)]
     position = list(range(len(rows)))
     used = sorted({path for row in rows for path, share in row.shares.items() if share > 0}, key=_path_order)
     colours = palette.exit_colours(len(record.exits))
@@ -178,7 +188,7 @@ def shares_by_class(record: SweepRecord, price: float | None = None) -> go.Figur
         )  # fmt: skip
         seen.add(own.exit)
     figure.update_layout(barmode="stack", bargap=0.22)
-    figure.update_xaxes(title_text=f"share of the class's test images (λ = {at:.4g})", tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(title_text="share of test images", tickformat=".0%", range=[0, 1], dtick=0.25)
     figure.update_yaxes(tickmode="array", tickvals=position, ticktext=labels, autorange="reversed", showgrid=False)
     return figure
 
@@ -203,13 +213,14 @@ def reliability(record: SweepRecord) -> go.Figure:
         used = [b for b in gate.bins if b.count]
         figure.add_scatter(
             x=[b.predicted for b in used], y=[b.observed for b in used], mode="lines+markers",
-            name=f"gates at exit {exit_}", legendgroup=str(exit_), showlegend=exit_ not in seen,
+            name=f"exit {exit_}", legendgroup=str(exit_), showlegend=exit_ not in seen,
             line={"color": colours[max(0, exit_ - 1)], "width": 1.25},
             marker={"size": [4 + 9 * (b.count / rows) ** 0.5 for b in used],
                     "line": {"color": palette.SURFACE, "width": 0.5}},
             hovertext=[_reliability_hover(gate, b.predicted, b.observed, b.count) for b in used], hoverinfo="text",
         )  # fmt: skip
         seen.add(exit_)
+    figure.update_layout(legend_title_text="gates at")
     figure.update_xaxes(title_text="predicted error probability", tickformat=".0%", range=[-0.02, 1.02])
     figure.update_yaxes(title_text="observed error rate", tickformat=".0%", range=[-0.02, 1.02])
     return figure
@@ -222,11 +233,11 @@ def costs(record: SweepRecord) -> go.Figure:
     )
     pieces = list(dict.fromkeys(c.piece for c in record.segment_costs))
     _dress(figure, "Cost of every piece, per image", height=170 + 24 * max(4, len(pieces)))
-    if not pieces:
+    own_costs = record.segment_costs
+    if not any(c.bitops > 0 or c.milliseconds > 0 for c in own_costs):
         return _empty(figure, "No costs were recorded")
-    widths = sorted({c.bits for c in record.segment_costs})
-    for bits, colour in palette.bits_colours(widths).items():
-        own = [c for c in record.segment_costs if c.bits == bits]
+    for bits, colour in _bits_colours(record, [c.bits for c in own_costs]).items():
+        own = [c for c in own_costs if c.bits == bits]
         for column, values in enumerate(([c.bitops for c in own], [c.milliseconds for c in own]), start=1):
             figure.add_scatter(
                 row=1, col=column, x=[value if value > 0 else None for value in values],
@@ -235,7 +246,8 @@ def costs(record: SweepRecord) -> go.Figure:
                                                 "line": {"color": palette.SURFACE, "width": 1}},
                 hovertext=[_cost_hover(c) for c in own], hoverinfo="text",
             )  # fmt: skip
-    figure.update_xaxes(type="log", exponentformat="SI", minor={"ticks": ""}, nticks=5)
+    for column, values in enumerate(([c.bitops for c in own_costs], [c.milliseconds for c in own_costs]), start=1):
+        figure.update_xaxes(type="log", dtick=_decades(values), exponentformat="SI", tickangle=0, row=1, col=column)
     figure.update_yaxes(
         type="category", categoryorder="array", categoryarray=[plotly_text(p) for p in pieces[::-1]], tickfont_size=12
     )
@@ -249,7 +261,7 @@ def uniform(record: SweepRecord) -> go.Figure:
     figure = _figure("Accuracy of the uniform paths", height=420)
     if not record.uniform_accuracies:
         return _empty(figure, "No uniform path was recorded")
-    for bits, colour in palette.bits_colours([u.bits for u in record.uniform_accuracies]).items():
+    for bits, colour in _bits_colours(record, [u.bits for u in record.uniform_accuracies]).items():
         own = sorted((u for u in record.uniform_accuracies if u.bits == bits), key=lambda u: u.exit)
         figure.add_scatter(
             x=[u.cost for u in own], y=[u.accuracy for u in own], mode="lines+markers", name=f"{bits} bits",
@@ -275,8 +287,7 @@ def grid(record: SweepRecord) -> go.Figure:
     """
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1,
-        subplot_titles=("mean accuracy over all costs (higher is better)",
-                        "expected calibration error (lower is better)"),
+        subplot_titles=("mean accuracy over all costs", "expected calibration error"),
     )  # fmt: skip
     _dress(figure, "Grid of targets and predictors, on the select images", height=540)
     drawn = [row for row in record.grid if row.hypervolume is not None or row.ece is not None]
@@ -284,9 +295,10 @@ def grid(record: SweepRecord) -> go.Figure:
         return _empty(figure, "No grid point was fitted")
     known = {row.point["clusters"] for row in drawn if row.point.get("clusters") is not None}
     order = [*sorted(known), None]
+    by_shrinkage = len({row.point.get("shrinkage") for row in drawn} - {None}) > 1
     groups: dict[str, list[GridRow]] = defaultdict(list)
     for row in sorted(drawn, key=lambda r: order.index(r.point.get("clusters"))):
-        groups[_grid_group(row)].append(row)
+        groups[_grid_group(row, by_shrinkage)].append(row)
     swatches = (palette.QUEE, *palette.BASELINES)
     for k, (name, rows) in enumerate(groups.items()):
         for panel in (1, 2):
@@ -358,7 +370,7 @@ def _styles(fronts: Sequence[FrontRecord]) -> dict[str, tuple[str, str, str]]:
 
 
 def _between(values: Sequence[float]) -> list[float]:
-    dense = [a + (b - a) * k / _BETWEEN for a, b in zip(values, values[1:], strict=False) for k in range(_BETWEEN)]
+    dense = [a + (b - a) * k / _BETWEEN for a, b in itertools.pairwise(values) for k in range(_BETWEEN)]
     return [*dense, *values[-1:]]
 
 
@@ -380,9 +392,29 @@ def _front_hover(name: str, point: FrontPoint) -> str:
     setting = "" if point.price is not None and point.setting.startswith("λ") else f"<br>{plotly_text(point.setting)}"
     return (
         f"<b>{name}</b>{setting}{price}<br>cost {percent(point.cost)}<br>"
-        f"accuracy {percent(point.accuracy)} (95 %: {interval(point.low, point.high)})<br>n = {point.n:,}"
+        f"accuracy {percent(point.accuracy)} (95%: {interval(point.low, point.high)})<br>n = {point.n:,}"
         + ("" if point.chosen else "<br>not chosen on select")
     )
+
+
+def _decades(values: Sequence[float]) -> int | None:
+    """Decades between the ticks of a logarithmic axis: two ticks or a few, so that they have room on a phone.
+
+    None where two powers of ten do not lie between the values, and ticks must stand closer.
+    """
+    exponents = [math.log10(value) for value in values if value > 0]
+    if not exponents:
+        return None
+    low, high = min(exponents), max(exponents)
+    steps = range(math.ceil(high - low), 0, -1)
+    return next((step for step in steps if math.floor(high / step) > math.ceil(low / step)), None)
+
+
+def _bits_colours(record: SweepRecord, shown: Iterable[int]) -> dict[int, str]:
+    """Colours of the bit-widths that a figure shows, chosen among all of the record's: figures agree."""
+    costed, measured = (c.bits for c in record.segment_costs), (u.bits for u in record.uniform_accuracies)
+    colours = palette.bits_colours({*record.bits, *costed, *measured})
+    return {bits: colours[bits] for bits in sorted(set(shown))}
 
 
 def _reliability_hover(gate: CalibrationRecord, predicted: float, observed: float, count: int) -> str:
@@ -399,15 +431,11 @@ def _cost_hover(cost: SegmentCost) -> str:
     )
 
 
-def _grid_group(row: GridRow) -> str:
+def _grid_group(row: GridRow, by_shrinkage: bool) -> str:
     parts = [str(row.point.get("predictor", "predictor")), str(row.point.get("features", ""))]
     parts += [str(row.point["options"])] if row.point.get("options") not in (None, "", "{}") else []
-    parts += [f"n₀ = {row.point['shrinkage']:g}"] if _several_shrinkages(row) else []
+    parts += [f"n₀ = {row.point['shrinkage']:g}"] if by_shrinkage and row.point.get("shrinkage") is not None else []
     return ", ".join(part for part in parts if part)
-
-
-def _several_shrinkages(row: GridRow) -> bool:
-    return False if row.point.get("shrinkage") is None else row.point.get("clusters") is None
 
 
 def _clusters(row: GridRow) -> str:
@@ -427,12 +455,27 @@ def _grid_hover(row: GridRow) -> str:
     )
 
 
-def _shares_of(record: SweepRecord, name: str) -> list[ShareRow]:
-    return sorted((row for row in record.shares if row.class_name == name), key=lambda row: row.cost)
+def shares_by_price(record: SweepRecord) -> dict[float, tuple[ShareRow, list[ShareRow]]]:
+    """For each reported price, by ascending cost: the row of all images, and those of the classes."""
+    found: dict[float, tuple[ShareRow, list[ShareRow]]] = {}
+    for row in record.shares:
+        if row.price in found:  # the first row is that of all images, even where a class is called "all"
+            found[row.price][1].append(row)
+        else:
+            found[row.price] = (row, [])
+    return dict(sorted(found.items(), key=lambda item: item[1][0].cost))
 
 
-def _point_name(row: ShareRow) -> str:
-    return percent(row.cost)
+def _overall(record: SweepRecord) -> list[ShareRow]:
+    return [whole for whole, _ in shares_by_price(record).values()]
+
+
+def _point_axis(rows: Sequence[ShareRow]) -> dict[str, object]:
+    return {
+        "tickmode": "array",
+        "tickvals": list(range(len(rows))),
+        "ticktext": [percent(row.cost) for row in rows],
+    }
 
 
 def _path_order(path: str) -> tuple[int, tuple[int, ...]]:
@@ -440,14 +483,18 @@ def _path_order(path: str) -> tuple[int, tuple[int, ...]]:
     return own.exit, own.bits
 
 
+def _path_label(path: str) -> str:
+    """The path itself, or with its runs counted where it is long: "8×6-4×6"."""
+    bits = Path.parse(path).bits
+    if len(bits) <= 6:
+        return path
+    runs = [(width, len(list(run))) for width, run in itertools.groupby(bits)]
+    return "-".join(f"{width}×{length}" if length > 1 else str(width) for width, length in runs)
+
+
 def _mean_exit(row: ShareRow) -> float:
     return sum(share * Path.parse(path).exit for path, share in row.shares.items())
 
 
-def _shortened(name: str, most: int = 22) -> str:
+def _shortened(name: str, most: int = 20) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def share_prices(record: SweepRecord) -> Iterator[tuple[float, float]]:
-    """(price, mean cost over all images) of each reported operating point, by ascending cost."""
-    return ((row.price, row.cost) for row in _shares_of(record, ALL))

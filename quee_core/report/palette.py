@@ -1,16 +1,13 @@
 """Colours and type of all figures, in light and in dark, and the Plotly template made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import plotly.graph_objects as go
-
-from quee_core.paths import BIT_WIDTHS
 
 INK, MUTED, GRID, SURFACE = "#1b2430", "#5b6675", "#e3e7ec", "#ffffff"
 QUEE = "#1d5fd1"
 BASELINES = ("#c2570c", "#13795b", "#7c3aad", "#8a6d00", "#b8336a", "#0f7490")
 BOUND = "#6b7280"
-GOOD, BAD = "#1a7f37", "#c0362c"
 NOT_RUN = "#d5dae1"
 # Ordered scales, equal steps in OKLCH: light to dark on white, and never too dark to see on the dark surface.
 EXITS = (
@@ -18,10 +15,18 @@ EXITS = (
     "#157dc3", "#2c6cbe", "#3c5ab6", "#4747ac", "#4e339e", "#531d8d",
 )  # fmt: skip
 BITS = ("#e5c057", "#dea743", "#d58f35", "#ca772e", "#bd602c", "#ad4a2e", "#9c3431", "#891f34")
+HEAT = ("#cfe0fb", "#5b93ec", "#123f94")
+
+
+def band(colour: str) -> str:
+    """The same colour for the area of an interval behind its line."""
+    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:], 16)},0.14)"
+
 
 DARK: dict[str, str] = {
     INK: "#e7ebf0", MUTED: "#9aa6b5", GRID: "#2b3440", SURFACE: "#151b23", QUEE: "#6ea8ff", BOUND: "#98a2b3",
-    GOOD: "#57c878", BAD: "#ff8178", NOT_RUN: "#39434f",
+    NOT_RUN: "#39434f",
+    **dict(zip(HEAT, ("#1d3a66", "#3f7ad6", "#b7d3ff"), strict=True)),
     **dict(zip(BASELINES, ("#f59e58", "#4cc9a0", "#c28df0", "#dab93f", "#f27ba8", "#4fc0dc"), strict=True)),
     **dict(zip(EXITS, (
         "#81e7d3", "#6cded8", "#59d4dd", "#4ccae2", "#46bee5", "#49b2e7",
@@ -33,13 +38,13 @@ DARK: dict[str, str] = {
 }  # fmt: skip
 """What each colour of a figure becomes on a dark page; figures themselves are always made in light."""
 
-DARK |= {f"rgba({int(c[1:3], 16)},{int(c[3:5], 16)},{int(c[5:], 16)},0.14)": f"{DARK[c]}29" for c in (QUEE, *BASELINES)}
+DARK |= {band(colour): f"{DARK[colour]}29" for colour in (QUEE, *BASELINES)}
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 
 _AXIS = go.layout.XAxis(
     gridcolor=GRID, linecolor=MUTED, zeroline=False, showline=True, ticks="outside", tickcolor=MUTED, ticklen=4,
-    title={"standoff": 10}, automargin=True,
+    title={"standoff": 10, "font": {"size": 13}}, automargin=True,
 ).to_plotly_json()  # fmt: skip
 
 TEMPLATE = go.layout.Template(
@@ -51,15 +56,10 @@ TEMPLATE = go.layout.Template(
         hoverlabel={"bgcolor": SURFACE, "bordercolor": MUTED, "font": {"family": FONT, "size": 13, "color": INK},
                     "align": "left"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xanchor": "left",
-                "itemsizing": "constant", "font": {"color": INK}, "bgcolor": SURFACE},
+                "traceorder": "normal", "title": {"font": {"size": 13}}, "font": {"color": INK}, "bgcolor": SURFACE},
         xaxis=_AXIS, yaxis=_AXIS,
     )
 )  # fmt: skip
-
-
-def band(colour: str) -> str:
-    """The same colour for the area of an interval behind its line."""
-    return f"rgba({int(colour[1:3], 16)},{int(colour[3:5], 16)},{int(colour[5:], 16)},0.14)"
 
 
 def exit_colours(count: int) -> tuple[str, ...]:
@@ -67,9 +67,9 @@ def exit_colours(count: int) -> tuple[str, ...]:
     return _spread(EXITS, count)
 
 
-def bits_colours(bits: Sequence[int]) -> dict[int, str]:
-    """One colour for each bit-width, the same in every figure of a sweep; wider is darker."""
-    widths = [b for b in BIT_WIDTHS if b in bits]
+def bits_colours(bits: Collection[int]) -> dict[int, str]:
+    """One colour for each of `bits`, wider being darker; the same in every figure that is given the same bit-widths."""
+    widths = sorted(set(bits))
     return dict(zip(widths, _spread(BITS, len(widths)), strict=True))
 
 

@@ -11,8 +11,8 @@ DASH = "–"
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """A fraction as a percentage with its unit; a dash for None."""
-    return DASH if fraction is None else f"{100 * fraction:.{digits}f} %"  # noqa: RUF001 no-break space
+    """A fraction as a percentage, with its sign; a dash for None."""
+    return DASH if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
 def points(fraction: float | None, digits: int = 2) -> str:
@@ -36,14 +36,13 @@ def quantity(value: float) -> str:
     """A non-negative amount with three significant digits and an SI prefix: "3.34 G"."""
     for scale, prefix in _SI:
         if value >= 0.9995 * scale:
-            number = value / scale
-            return f"{number:.{max(0, 3 - len(str(int(round(number, 2)))))}f} {prefix}".rstrip()
+            return f"{value / scale:.3g}\u00a0{prefix}".rstrip()
     return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
     """A time in the unit that suits it."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,322 @@
+"""CIFAR, SVHN and ImageNet, from tiny sets in the formats in which the real ones are published."""
+
+import pickle
+import pickletools
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torchvision import datasets
+
+from quee_core.data.datasets import load_dataset
+from quee_core.data.splits import choose_splits
+from quee_core.errors import DataError
+from tests.published_files import (
+    CIFAR10_CLASSES,
+    cifar_batch,
+    noise,
+    python2_pickle,
+    write_cifar10,
+    write_cifar100,
+    write_imagenet,
+    write_svhn,
+)
+
+CIFAR10_FILES = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]
+
+
+# CIFAR
+
+
+def test_cifar10_is_read_as_published(tmp_path: Path) -> None:
+    written = write_cifar10(tmp_path)
+    dataset = load_dataset("cifar10", tmp_path)
+    about = dataset.description
+    assert (about.classes, about.parts, about.test_part) == (CIFAR10_CLASSES, ("train", "test"), "test")
+    assert about.trained_on == "train"
+    for part, first_id in (("train", 0), ("test", 50)):
+        pixels, labels = written[part]
+        assert dataset.labels(part).tolist() == labels
+        assert dataset.sample_ids(part).tolist() == list(range(first_id, first_id + len(labels)))
+        for position in range(len(labels)):
+            image = dataset.image(part, position)
+            assert image.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(image), pixels[position])
+            assert dataset.content(part, position) == pixels[position].tobytes()
+
+
+def test_cifar100_is_read_by_its_fine_labels(tmp_path: Path) -> None:
+    written = write_cifar100(tmp_path)
+    dataset = load_dataset("cifar100", tmp_path)
+    assert dataset.description.classes == tuple(f"fine {k}" for k in range(100))
+    for part, first_id in (("train", 0), ("test", 100)):
+        pixels, labels = written[part]
+        assert dataset.labels(part).tolist() == labels
+        assert dataset.sample_ids(part)[0] == first_id
+        np.testing.assert_array_equal(np.asarray(dataset.image(part, 41)), pixels[41])
+
+
+def test_the_tiny_batches_are_laid_out_like_the_official_ones() -> None:
+    """Python 2's opcodes and numpy's old module names, which Python 3 would not write."""
+    batch = cifar_batch(noise(0, 3, 32, 32, 3), [0, 1, 2], "labels")
+    opcodes = {opcode.name for opcode, _, _ in pickletools.genops(batch)}
+    assert {"PROTO", "SHORT_BINSTRING", "BINSTRING", "GLOBAL", "REDUCE", "BUILD"} <= opcodes
+    named = {argument for opcode, argument, _ in pickletools.genops(batch) if opcode.name == "GLOBAL"}
+    assert named == {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}
+
+
+@pytest.mark.filterwarnings("ignore:dtype")  # torchvision's own reader lets numpy warn of Python 2's dtypes
+def test_images_and_labels_are_those_of_torchvision(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+
+    class AnyChecksum(datasets.CIFAR10):  # the tiny files cannot have the official ones
+        train_list = [[name, None] for name in CIFAR10_FILES[:5]]  # noqa: RUF012
+        test_list = [["test_batch", None]]  # noqa: RUF012
+        meta = datasets.CIFAR10.meta | {"md5": None}
+
+    ours = load_dataset("cifar10", tmp_path)
+    for part in ("train", "test"):
+        theirs = AnyChecksum(str(tmp_path), train=part == "train")
+        assert list(ours.description.classes) == theirs.classes
+        assert len(theirs) == len(ours.labels(part))
+        for position, (image, label) in enumerate(theirs):
+            assert ours.labels(part)[position] == label
+            assert ours.image(part, position).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("absent", ["data_batch_4", "test_batch", "batches.meta"])
+def test_an_absent_cifar_file_is_named_with_all_that_is_expected(absent: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    (tmp_path / "cifar-10-batches-py" / absent).unlink()
+    with pytest.raises(DataError, match=rf"data set cifar10: \S*/{absent} is missing; expected under") as caught:
+        load_dataset("cifar10", tmp_path)
+    assert all(f"cifar-10-batches-py/{name}" in str(caught.value) for name in CIFAR10_FILES)
+
+
+def test_an_empty_folder_is_told_what_belongs_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_batch_1 is missing \(and 6 more\)"):
+        load_dataset("cifar10", tmp_path)
+    with pytest.raises(DataError, match=r"cifar-100-python/train, cifar-100-python/test, cifar-100-python/meta"):
+        load_dataset("cifar100", tmp_path)
+    with pytest.raises(DataError, match=r"train_32x32\.mat, test_32x32\.mat"):
+        load_dataset("svhn", tmp_path)
+    with pytest.raises(DataError, match=r"lacks meta\.bin \(or ILSVRC2012_devkit_t12\.tar\.gz\) and train \(or "):
+        load_dataset("imagenet", tmp_path)
+
+
+class Harm:
+    """Creates a file when it is unpickled by a reader that does not look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._path,)
+
+
+def test_a_batch_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    trace = tmp_path / "was_here"
+    harmful = pickle.dumps({"data": Harm(trace), "labels": []}, protocol=2)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(harmful)
+    with pytest.raises(
+        DataError, match=r"data_batch_3: not a file of the official archive: refused, since it wants to"
+    ):
+        load_dataset("cifar10", tmp_path)
+    assert not trace.exists()
+    pickle.loads(harmful)  # a reader that does not look would have run it
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["os system", "builtins eval", "builtins getattr", "numpy load", "numpy.core.multiarray scalar"]
+)
+def test_nothing_but_arrays_can_be_named_in_a_batch(name: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    module, attribute = name.split()
+    call = f"c{module}\n{attribute}\n".encode() + python2_pickle(("true",))[2:-1] + b"R."
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"\x80\x02" + call)
+    with pytest.raises(
+        DataError, match=rf"test_batch: .*refused, since it wants to run {re.escape(module)}\.{attribute}"
+    ):
+        load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 50, 400, 4000, 30_000])
+def test_a_truncated_batch_is_named(kept: int, tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"data_batch_2: not a file of the official archive"):
+        load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"labels": [0]}, "field 'data' is missing"),
+        ({"data": noise(0, 1, 3072)}, "field 'labels' is missing"),
+        ({"data": noise(0, 1, 3071), "labels": [0]}, "'data' is no uint8 array of 3,072 values an image"),
+        ({"data": "pixels", "labels": [0]}, "'data' is no uint8 array"),
+        ({"data": noise(0, 2, 3072), "labels": [0]}, "'labels' is no list of 2 labels"),
+        ({"data": noise(0, 1, 3072), "labels": ["cat"]}, "'labels' is no list of 1 labels"),
+        ([1, 2], "field 'data' is missing"),
+    ],
+)
+def test_a_batch_with_other_contents_is_named(entry: object, message: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(python2_pickle(entry))
+    with pytest.raises(DataError, match=rf"test_batch: {message}"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_cifar_label_out_of_range_is_named_with_its_row(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    batch = cifar_batch(noise(0, 3, 32, 32, 3), [1, 10, 2], "labels")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(batch)
+    with pytest.raises(DataError, match=r"cifar10, part test: row 1: label 10 is out of range; there are 10 classes"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_by_default_a_backbone_is_taken_to_have_seen_the_training_images(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, per_batch=200)
+    dataset = load_dataset("cifar10", tmp_path)
+    splits, cautions = choose_splits(dataset, {"fit": 0.4, "target": 0.45, "select": 0.15}, seed=0)
+    assert {s.part for s in splits["fit"]} == {"train"}
+    assert {s.part for name in ("target", "select", "test") for s in splits[name]} == {"test"}
+    assert len(cautions) == 1
+
+
+# SVHN
+
+
+def test_svhn_is_read_as_published_with_its_ten_as_zero(tmp_path: Path) -> None:
+    digits = {"train": [1, 0, 9, 5], "test": [0, 7, 0]}
+    written = write_svhn(tmp_path, digits)
+    dataset = load_dataset("svhn", tmp_path)
+    assert dataset.description.classes == tuple("0123456789")
+    for part, first_id in (("train", 0), ("test", 4)):
+        assert dataset.labels(part).tolist() == digits[part]
+        assert dataset.sample_ids(part)[0] == first_id
+        for position, pixels in enumerate(written[part]):
+            np.testing.assert_array_equal(np.asarray(dataset.image(part, position)), pixels)
+
+
+def test_a_svhn_label_out_of_range_is_named(tmp_path: Path) -> None:
+    write_svhn(tmp_path, {"train": [1, 2], "test": [3, 11]})
+    with pytest.raises(DataError, match="svhn, part test: row 1: label 11 is out of range; there are 10 classes"):
+        load_dataset("svhn", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 200, 3000])
+def test_a_truncated_svhn_file_is_named(kept: int, tmp_path: Path) -> None:
+    write_svhn(tmp_path, {"train": [1, 2], "test": [3, 4]})
+    path = tmp_path / "train_32x32.mat"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"train_32x32\.mat: "):
+        load_dataset("svhn", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"y": np.ones((2, 1), np.uint8)}, "field 'X' is missing"),
+        ({"X": noise(0, 32, 32, 3, 2)}, "field 'y' is missing"),
+        ({"X": noise(0, 32, 32, 3, 2), "y": np.ones((3, 1), np.uint8)}, "'y' holds 3 labels of uint8, 'X' 2 images"),
+        ({"X": noise(0, 32, 32, 3), "y": np.ones((2, 1), np.uint8)}, r"'X' is uint8 \(32, 32, 3\)"),
+        ({"X": np.zeros((32, 32, 3, 2)), "y": np.ones((2, 1), np.uint8)}, "'X' is float64"),
+    ],
+)
+def test_a_svhn_file_with_other_contents_is_named(fields: dict[str, object], message: str, tmp_path: Path) -> None:
+    write_svhn(tmp_path, {"train": [1, 2], "test": [3, 4]})
+    savemat(tmp_path / "test_32x32.mat", fields)
+    with pytest.raises(DataError, match=rf"test_32x32\.mat: {message}"):
+        load_dataset("svhn", tmp_path)
+
+
+def test_a_matlab_file_of_another_version_is_named(tmp_path: Path) -> None:
+    write_svhn(tmp_path, {"train": [1, 2], "test": [3, 4]})
+    header = b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<H", 0x0200) + b"IM"
+    (tmp_path / "test_32x32.mat").write_bytes(header + bytes(512))
+    with pytest.raises(DataError, match=r"test_32x32\.mat: not a file of the official set"):
+        load_dataset("svhn", tmp_path)
+
+
+# ImageNet
+
+
+def test_imagenet_is_read_as_torchvision_lays_it_out(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    dataset = load_dataset("imagenet", tmp_path)
+    about = dataset.description
+    assert about.classes == ("tench", "crane (n02012849)", "crane (n03126707)")  # both are called crane
+    assert (about.parts, about.test_part, about.trained_on) == (("train", "val"), "val", "train")
+    for part in about.parts:
+        assert dataset.labels(part).tolist() == [0, 0, 1, 1, 2, 2]
+        assert dataset.image(part, 5).size == (30, 20)
+        assert abs(np.asarray(dataset.image(part, 5)).astype(int) - 80).max() <= 2
+    ids = np.concatenate([dataset.sample_ids(part) for part in about.parts])
+    assert len(set(ids.tolist())) == 12
+
+
+def test_an_imagenet_id_outlives_other_images(tmp_path: Path) -> None:
+    write_imagenet(tmp_path / "few", per_class=2)
+    write_imagenet(tmp_path / "more", per_class=3)
+    few, more = (set(load_dataset("imagenet", tmp_path / n).sample_ids("train").tolist()) for n in ("few", "more"))
+    assert few < more
+
+
+def test_an_imagenet_class_of_one_part_alone_is_named(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / "val" / "n02012849").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"imagenet: folder n02012849 is not in both .*train and .*val"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_an_imagenet_folder_that_is_no_wordnet_id_is_named(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / "train" / "n01440764").rename(tmp_path / "train" / "fish")
+    with pytest.raises(DataError, match=r"train: folder 'fish' is none of the WordNet ids in meta\.bin"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_an_empty_imagenet_class_is_named(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    for image in (tmp_path / "val" / "n03126707").iterdir():
+        image.unlink()
+    with pytest.raises(DataError, match=r"imagenet, part val, .*n03126707"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_a_development_kit_that_is_not_the_official_one_is_refused(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / "meta.bin").unlink()
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"not the archive")
+    with pytest.raises(DataError, match=r"imagenet, part train, .*ILSVRC2012_devkit_t12\.tar\.gz .* corrupted"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_a_meta_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    trace = tmp_path / "was_here"
+    torch.save(Harm(trace), tmp_path / "meta.bin")
+    with pytest.raises(DataError, match="data set imagenet, part train"):
+        load_dataset("imagenet", tmp_path)
+    assert not trace.exists()
+
+
+def test_an_unreadable_imagenet_image_is_named(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    broken = tmp_path / "val" / "n01440764" / "ILSVRC2012_val_00000001.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    dataset = load_dataset("imagenet", tmp_path)
+    with pytest.raises(DataError, match=rf"{re.escape(str(broken))}: image cannot be decoded"):
+        dataset.image("val", 1)
+    broken.unlink()
+    with pytest.raises(DataError, match=rf"{re.escape(str(broken))}: cannot be read"):
+        dataset.fingerprint("val", np.arange(6))
