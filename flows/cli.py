@@ -72,7 +72,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     verbose: Annotated[
@@ -147,7 +147,6 @@ def report(
 ) -> None:
     """Print a finished run's front and write its report anew."""
     from quee_core.report.page import render
-
     from quee_core.runs import find_record, report_path
 
     record, folder = find_record(run, runs)

@@ -53,7 +53,7 @@ class DatasetConfig(Section):
         return self
 
     @property
-    def fractions(self) -> dict[str, float]:
+    def fractions(self) -> dict[Literal["fit", "target", "select", "test"], float]:
         """Share of each split, by name."""
         return {"fit": self.fit, "target": self.target, "select": self.select, "test": self.test}
 

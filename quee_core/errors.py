@@ -1,4 +1,4 @@
-"""Faults that a user can mend. The command line prints them in one line; anything else is a bug and keeps its traceback."""
+"""Faults that a user can mend: one line on the command line. Anything else is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable

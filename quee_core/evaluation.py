@@ -1,4 +1,4 @@
-"""From outcome tables and fitted gates to what the report shows: fronts, budgets, shares, calibration (design, section 11).
+"""From outcome tables and fitted gates to what the report shows: fronts, budgets, shares, calibration (design, 11).
 
 Everything that is chosen is chosen on `select`; `test` is only measured. All comparisons are paired: the same test
 images, the same costs, the same resamples.
@@ -183,7 +183,7 @@ def drop_rows(fronts: Mapping[str, MeasuredFront], full_accuracy: float) -> tupl
 def share_rows(
     front: MeasuredFront, tree: PathTree, test: Outcomes, class_names: Sequence[str], wanted: int = 5
 ) -> tuple[ShareRow, ...]:
-    """Share of images per path, over all and by class, at up to `wanted` prices spread over the front (paper's Fig. 1)."""
+    """Share of images per path, over all and by class, at up to `wanted` prices spread over the front (Fig. 1)."""
     picked = np.unique(np.linspace(0, len(front.chosen) - 1, min(wanted, len(front.chosen))).round().astype(int))
     groups = [("all", np.ones(len(test.labels), bool))]
     groups += [(name, test.labels == k) for k, name in enumerate(class_names)]

@@ -18,6 +18,7 @@ from quee_core.heads import ExitHead, train_head
 from quee_core.network import PathNetwork, Projection
 from quee_core.paths import FULL_PRECISION
 from quee_core.quantize.calibration import QuantizedBackbone, linear_from_arrays, linear_to_arrays, quantize_linear
+from quee_core.quantize.layers import QuantLinear
 
 KIND = "exits"
 HEAD_CALIBRATION_ROWS = 4096
@@ -33,9 +34,9 @@ class FittedExits:
     exits: tuple[Mapping[str, NDArray[Any]], ...]
     own_last_head: bool
 
-    def fingerprint_of(self, exit: int) -> str:
-        """sha256 over the head and embedding of exit `exit` (from 1)."""
-        return array_fingerprint(dict(self.exits[exit - 1]))
+    def fingerprint_of(self, number: int) -> str:
+        """sha256 over the head and embedding of exit `number` (from 1)."""
+        return array_fingerprint(dict(self.exits[number - 1]))
 
     def network(self, quantized: QuantizedBackbone) -> PathNetwork:
         """The network that paths run through."""
@@ -132,6 +133,7 @@ def _head_to_arrays(head: ExitHead, rows: Tensor, edge: int, method: str) -> dic
     if edge != FULL_PRECISION:
         step = max(1, len(rows) // HEAD_CALIBRATION_ROWS)
         layer = quantize_linear(head.linear, head.norm(rows[::step]), edge, method)
+        assert isinstance(layer, QuantLinear)  # below full precision
         arrays |= {f"quantized/{name}": a for name, a in linear_to_arrays(layer).items()}
     return arrays
 

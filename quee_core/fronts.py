@@ -1,4 +1,4 @@
-"""Accuracy-cost fronts: operating points chosen on `select`, measured on `test`, compared image by image (design, section 11)."""
+"""Accuracy-cost fronts: points chosen on `select`, measured on `test`, compared image by image (design, section 11)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class Decisions:
     def __post_init__(self) -> None:
         if not len(self.settings) == len(self.prices) == len(self.choice):
             raise ShapeMismatchError(
-                f"{self.method}: {len(self.settings)} settings, {len(self.prices)} prices, choices of {len(self.choice)}"
+                f"{self.method}: {len(self.settings)} settings, {len(self.prices)} prices, {len(self.choice)} choices"
             )
 
     def take(self, picked: NDArray[np.intp]) -> "Decisions":
@@ -58,7 +58,7 @@ def operating_points(
 
 
 def pareto_mask(cost: NDArray[np.float64], accuracy: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points no other one beats: none is as cheap and better, or cheaper and as good; of twins the first stays."""
+    """Which points no other beats: none is as cheap and better, or cheaper and as good; of twins the first stays."""
     order = np.lexsort((np.arange(len(cost)), -accuracy, cost))
     best = np.maximum.accumulate(np.concatenate([[-np.inf], accuracy[order][:-1]]))
     mask = np.zeros(len(cost), bool)
@@ -105,9 +105,10 @@ def at_budgets(
 
 
 def hypervolume_weights(cost: NDArray[np.float64], low: float, high: float = 1.0) -> NDArray[np.float64]:
-    """Weight of each point's accuracy in the mean of the piecewise linear front over costs [low, high]; float64 [points].
+    """Weight of each point's accuracy in the mean of the front over costs [low, high]; float64 [points].
 
-    Below the cheapest point the front counts as 0, above the dearest it stays flat. Raises ConfigError unless low < high.
+    Below the cheapest point the front counts as 0, above the dearest it stays flat, between points it is linear.
+    Raises ConfigError unless low < high.
     """
     if not low < high:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Exit heads: LayerNorm and a linear layer on an exit's pooled tokens, one head serving all paths (design, section 4)."""
+"""Exit heads: LayerNorm and a linear layer on pooled tokens, one head serving all paths (design, section 4)."""
 
 import math
 from collections.abc import Sequence

@@ -79,10 +79,13 @@ class PathNetwork(nn.Module):
         return behind
 
     @torch.inference_mode()
-    def answer(self, exit: int, tokens: Tensor) -> Answer:
-        """Logits and embedding at exit `exit` (from 1)."""
+    def answer(self, number: int, tokens: Tensor) -> Answer:
+        """Logits and embedding at exit `number` (from 1)."""
         pooled = self.quantized.backbone.pooled(tokens)
-        head = self.quantized.final if self.own_head[exit - 1] else self.heads[exit - 1]
-        logits = head(tokens if self.own_head[exit - 1] else pooled)
-        embedding = self.projections[exit - 1](pooled.float().cpu().numpy())
+        if self.own_head[number - 1]:
+            assert self.quantized.final is not None  # own heads are only given where there is one
+            logits = self.quantized.final(tokens)
+        else:
+            logits = self.heads[number - 1](pooled)
+        embedding = self.projections[number - 1](pooled.float().cpu().numpy())
         return Answer(logits.float().cpu().numpy(), embedding)

@@ -1,4 +1,4 @@
-"""The deployable network: it takes the gates' decisions itself, and computes only what they ask for (design, section 9)."""
+"""The deployable network: it takes the gates' decisions itself, and computes only what they ask for (design, 9)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

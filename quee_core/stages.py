@@ -41,7 +41,7 @@ class Work:
 
 
 def calibration_of(plan: SweepPlan, store: Store, device: torch.device) -> tuple[Calibration, Work]:
-    """The calibration of the plan's backbone, from the store or by running the calibration images (design, section 3)."""
+    """The calibration of the plan's backbone, from the store or by running the calibration images (design, 3)."""
     data = store.get_artefact("calibration", plan.calibration_key)
     if data is not None:
         return Calibration.from_bytes(data), Work(0, 1)
@@ -108,7 +108,7 @@ def cells_of(
     shard: int,
     paths: Sequence[Path],
 ) -> dict[Path, Cell]:
-    """The cell of each path over one shard of a split, its key made of all that its rows depend on (design, section 5)."""
+    """The cell of each path over one shard of a split; its key is made of all that its rows depend on (design, 5)."""
     shards = plan.shards(split)
     common = {
         "images": plan.images_fingerprint(shards[shard]),

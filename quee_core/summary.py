@@ -35,6 +35,7 @@ from quee_core.policy import GatePolicy
 from quee_core.record import GridRow, SegmentCost, StageTiming, SweepRecord
 from quee_core.tables import Outcomes
 
+_EVALUATION_CODE = ("quee_core.evaluation", "quee_core.gates", "quee_core.fronts", "quee_core.summary")
 GateCosts = Callable[[GridPoint, GatePolicy], tuple[float, ...]]  # per exit, root first, in the cost table's unit
 
 
@@ -85,11 +86,11 @@ def choose_winner(
         found.append((row, policy, costs, gates))
     volumes = [-np.inf if row.hypervolume is None else row.hypervolume for row, *_ in found]
     best = int(np.argmax(volumes))
-    row, policy, costs, gates = found[best]
-    if policy is None:
-        raise NumericError(f"every point of the grid failed; the first: {row.failure}")
+    first, winning, costs, gates = found[best]
+    if winning is None:
+        raise NumericError(f"every point of the grid failed; the first: {first.failure}")
     rows = tuple(r.model_copy(update={"winner": k == best}) for k, (r, *_) in enumerate(found))
-    return Winner(points[best], policy, costs, gates, rows)
+    return Winner(points[best], winning, costs, gates, rows)
 
 
 def summarise(
@@ -128,7 +129,7 @@ def summarise(
     return SweepRecord(
         name=config.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        code_version=f"{__version__}+{code_version(('quee_core.evaluation', 'quee_core.gates', 'quee_core.fronts'))[:12]}",
+        code_version=f"{__version__}+{code_version(_EVALUATION_CODE)[:12]}",
         dataset=plan.dataset.description.name,
         backbone=config.backbone.name,
         device=device,
@@ -139,7 +140,7 @@ def summarise(
         exits=plan.loaded.backbone.exits,
         bits=plan.tree.bits,
         paths=len(plan.tree.paths),
-        splits={name: count for name, count in plan.images.items()},
+        splits=dict(plan.images),
         cautions=plan.cautions,
         fronts=front_records(fronts, low, settings),
         budgets=budget_rows(fronts, settings, low),

@@ -35,7 +35,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "quee_core" / "assets" / "micro_v
 
 @dataclass(frozen=True)
 class Phase:
-    """epochs: passes. rate: peak learning rate. drops: patch dropout from each share of the phase on. pad: of the crop."""
+    """epochs: passes. rate: peak learning rate. drops: patch dropout from each share of the phase on. pad: crop's."""
 
     epochs: int
     rate: float

@@ -4,7 +4,6 @@ from pathlib import Path as FilePath
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from quee_core.report.page import render
 
 from quee_core.config import SweepConfig
 from quee_core.evaluation import PricedTree
@@ -13,6 +12,7 @@ from quee_core.grid import GateFit, GridPoint, grid_points
 from quee_core.plan import WALKED
 from quee_core.policy import GatePolicy, policy_to_bytes
 from quee_core.record import StageTiming, SweepRecord
+from quee_core.report.page import render
 from quee_core.runs import report_path, write_record, write_text
 from quee_core.stages import costs_of, device_name, outcomes_of, stored_floats
 from quee_core.summary import choose_winner, summarise

@@ -1,4 +1,4 @@
-"""Tracking in MLflow: a parent run for each sweep, a child run for each grid point, figures and tables (design, section 13)."""
+"""Tracking in MLflow: a parent run for each sweep, a child for each grid point, figures and tables (design, 13)."""
 
 import logging
 import time
@@ -9,10 +9,10 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from quee_core.report.figures import all_figures
 
 from quee_core.config import SweepConfig
 from quee_core.record import GridRow, StageTiming, SweepRecord
+from quee_core.report.figures import all_figures
 from tasks.progress import advance, stage
 
 STAGE = "track in MLflow"

@@ -69,7 +69,6 @@ def test_the_tiny_batches_are_laid_out_like_the_official_ones() -> None:
     assert named == {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}
 
 
-@pytest.mark.filterwarnings("ignore:dtype")  # torchvision's own reader lets numpy warn of Python 2's dtypes
 def test_images_and_labels_are_those_of_torchvision(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
 

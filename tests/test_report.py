@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 import shutil
 import time
@@ -20,7 +21,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
-from quee_core.record import BudgetRow, SweepRecord
+from quee_core.record import BudgetRow, SegmentCost, SweepRecord
 from quee_core.report import figures, palette
 from quee_core.report.page import render
 from quee_core.report.summary import summarise
@@ -260,7 +261,7 @@ def test_page_shows_everything_that_the_record_holds() -> None:
     shown = html.unescape(re.sub(r"<script.*?</script>", "", rendered("realistic"), flags=re.DOTALL))
     wanted = [record.name, record.backbone, record.dataset, record.device, record.created, record.code_version]
     wanted += [*record.cautions, *record.versions.values(), *record.fingerprints.values(), *record.fingerprints]
-    wanted += [*record.seeds, *record.versions, *map(str, record.splits.values())]
+    wanted += [*record.seeds, *record.versions, *(f"{count:,}" for count in record.splits.values())]
     wanted += [timing.stage for timing in record.timings] + [gate.gate for gate in record.calibration]
     wanted += [point.setting for front in record.fronts for point in front.points]
     wanted += [percent(point.cost) for front in record.fronts for point in front.points]
@@ -394,6 +395,51 @@ def test_a_losing_sweep_says_so_first() -> None:
     assert "worse" in summary.headline
     assert summary.tiles[0].value.startswith("−")
     assert rendered("losing").index("▼ worse") < rendered("losing").index('id="budgets"')
+
+
+def test_accuracy_that_is_never_reached_is_said_first() -> None:
+    record = record_of("realistic")
+    for cost, said in ((None, True), (0.9, False)):
+        drops = tuple(
+            row.model_copy(update={"cost": cost}) if row.method == "quee" and row.drop == 0 else row
+            for row in record.drops
+        )
+        tile = summarise(record.model_copy(update={"drops": drops})).tiles[1]
+        assert ("never as accurate" in tile.detail) == said
+
+
+def test_a_bit_width_has_one_colour_in_all_figures() -> None:
+    record = record_of("realistic")
+    own = {
+        (trace.name, trace.marker.color)
+        for figure in (figures.shares_by_exit(record), figures.costs(record), figures.uniform(record))
+        for trace in figure.data
+        if trace.name.endswith(" bits") and trace.marker.color
+    }
+    assert {name for name, _ in own} == {"2 bits", "4 bits", "8 bits", "32 bits"}
+    assert len(own) == 4
+
+
+@given(st.lists(st.floats(1e-6, 1e12), min_size=1, max_size=5))
+def test_a_logarithmic_axis_has_two_ticks_or_more(values: list[float]) -> None:
+    pieces = tuple(
+        SegmentCost(piece=f"segment {k}", bits=8, macs=1.0, bitops=value, milliseconds=value)
+        for k, value in enumerate(values)
+    )
+    axis = figures.costs(record_of("sparse").model_copy(update={"segment_costs": pieces})).layout.xaxis
+    low, high = math.log10(min(values)), math.log10(max(values))
+    ticks = [k for k in range(-7, 14) if low <= k <= high and k % (axis.dtick or 1) == 0]
+    assert len(ticks) in ((0, 1) if axis.dtick is None else (2, 3))
+
+
+def test_a_class_without_test_images_is_not_drawn() -> None:
+    record = record_of("realistic")
+    shares = tuple(
+        row.model_copy(update={"n": 0, "shares": {}}) if row.class_name == "Bag" else row for row in record.shares
+    )
+    drawn = figures.shares_by_class(record.model_copy(update={"shares": shares})).layout.yaxis.ticktext
+    assert len(drawn) == 10
+    assert "Bag" not in drawn
 
 
 def test_nothing_to_compare_claims_nothing() -> None:

@@ -9,7 +9,7 @@ from quee_core.tables import Outcomes
 
 
 def oracle(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
-    """One setting per price λ: argmin of error + λ cost (equation 1), of equals the cheaper path, and no gates to pay."""
+    """One setting per price λ: argmin of error + λ cost (equation 1); of equals the cheaper path; no gates to pay."""
     preferred = np.argsort(data.final, kind="stable")
 
     def decisions(outcomes: Outcomes) -> Decisions:

@@ -51,7 +51,7 @@ class _Ladder:
 
 
 def tune(ladder: _Ladder, costs: NDArray[np.float64], prices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Thresholds float64 [prices, L - 1]: an image exits at the first gate whose confidence is at least its threshold."""
+    """Thresholds float64 [prices, L - 1]: an image exits at the first gate where its confidence is at least that."""
     n, depth = ladder.errors.shape
     loss = ladder.errors[None] + prices[:, None, None] * costs  # [prices, n, L]
     cuts = np.full((len(prices), depth - 1), np.inf)
@@ -64,11 +64,11 @@ def tune(ladder: _Ladder, costs: NDArray[np.float64], prices: NDArray[np.float64
     for _ in range(MAX_ROUNDS):
         before = cuts.copy()
         for k in range(depth - 1):
-            reached = ~(ladder.confidence[None, :, :k] >= cuts[:, None, :k]).any(axis=2)
+            left = np.asarray((ladder.confidence[None, :, :k] >= cuts[:, None, :k]).any(axis=2))
             onward = loss[:, :, -1]
             for later in reversed(range(k + 1, depth - 1)):
                 onward = np.where(ladder.confidence[:, later] >= cuts[:, later, None], loss[:, :, later], onward)
-            cuts[:, k] = gates[k].best_cut(loss[:, :, k] - onward, reached)
+            cuts[:, k] = gates[k].best_cut(loss[:, :, k] - onward, ~left)
         if np.array_equal(cuts, before):
             break
     return cuts

@@ -14,7 +14,7 @@ levels do better astride 0, integers are the odd ones, 2 * clamp(floor(x * inver
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,26 +31,6 @@ _EXPONENT_BITS = 0x7F800000  # of a float32
 def to_float32(value: float) -> float:
     """The float32 nearest to `value`, as a Python number."""
     return float(np.float32(value))
-
-
-class Quantizer(Protocol):
-    """What a layer needs to know of the quantiser of a tensor: a frozen value, with one scale for the whole tensor."""
-
-    scale: float
-
-    @property
-    def largest(self) -> int:
-        """Largest magnitude that an integer can have."""
-        ...
-
-    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Integers, as float32, of `x` float32 [...]; into `out` if given, which may be `x` itself."""
-        ...
-
-
-def real(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """`x` float32 [...] as it looks after quantisation."""
-    return quantizer.integers(x).mul_(quantizer.scale)
 
 
 def _inverse(scale: float) -> float:
@@ -203,6 +183,11 @@ _KINDS: Mapping[str, type[Uniform] | type[Odd] | type[TwinUniform] | type[Log2]]
 ActivationQuantizer = Uniform | Odd | TwinUniform | Log2
 
 
+def real(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+    """`x` float32 [...] as it looks after quantisation."""
+    return quantizer.integers(x).mul_(quantizer.scale)
+
+
 def to_settings(quantizer: ActivationQuantizer) -> dict[str, Any]:
     """A quantiser as plain JSON values."""
     (kind,) = (name for name, of in _KINDS.items() if type(quantizer) is of)
@@ -234,7 +219,7 @@ class WeightGrid:
     @property
     def largest(self) -> int:
         """Largest magnitude of an integer."""
-        return 2**self.bits - 1 if self.odd else 2 ** (self.bits - 1) - 1
+        return (1 << self.bits) - 1 if self.odd else (1 << (self.bits - 1)) - 1
 
     def integers(self, weight: Tensor) -> Tensor:
         """Integers, as float32, of weight float32 [out, ...]."""

@@ -37,8 +37,9 @@
     const { data, layout } = inTheme(figureOf(canvas));
     const small = narrow.matches;
     delete layout.title; // the page's own heading says it
-    layout.margin = { l: small ? 40 : 56, r: small ? 16 : 24, t: 30, b: small ? 40 : 48 };
+    layout.margin = { l: small ? 40 : 56, r: small ? 16 : 24, t: small ? 30 : 40, b: small ? 40 : 48 };
     layout.font = { size: small ? 11 : 13 };
+    layout.modebar = { bgcolor: "transparent" };
     layout.dragmode = touch.matches ? false : "zoom"; // a finger scrolls the page
     if (canvas.dataset.figure === "front" && axis === "log") {
       layout.xaxis = { ...layout.xaxis, type: "log", tickvals: [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1] };

@@ -40,11 +40,12 @@ def summarise(record: SweepRecord) -> Summary:
     counts = budget_outcomes(record.budgets)
     verdict = _overall(rival, counts)
     scope = "At some budgets" if rival is None else "Over all costs together"
+    nowhere = "At no budget is there a" if rival is None else "Over all costs together, no"
     headline = {
         "better": f"{scope}, QuEE is better than {'the best baselines' if rival is None else 'every baseline'}",
         "worse": f"{scope}, QuEE is worse than {_rival_name(rival)}",
         "mixed": "QuEE is better than the baselines at some costs, and worse at others",
-        "undecided": f"{'At all budgets' if rival is None else scope}, no clear difference between QuEE and {_rival_name(rival)}",
+        "undecided": f"{nowhere} clear difference between QuEE and {_rival_name(rival)}",
         "unknown": "QuEE was compared with no baseline",
     }[verdict]
     return Summary(
