@@ -125,7 +125,6 @@ def plan(
 ) -> None:
     """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
     from quee_core.estimate import estimate
-
     from quee_core.plan import resolve
 
     found = estimate(resolve(_configured(config, data_root, checkpoint, store, device, limit)))

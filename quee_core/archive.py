@@ -21,7 +21,7 @@ def pack(arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any], *, kin
     The same contents give the same bytes. `kind` says what the archive is, and is checked when it is read.
     """
     header = {"kind": kind, "settings": json.dumps(settings, sort_keys=True)}
-    return bytes(save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, metadata=header))
+    return bytes(save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}, metadata=header))
 
 
 def unpack(data: bytes, *, kind: str) -> tuple[Arrays, dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -347,6 +347,7 @@ def test_a_class_called_all_is_a_class() -> None:
 intervals = st.tuples(*[st.floats(-0.2, 0.2)] * 3).map(sorted)
 
 
+@settings(deadline=None)  # the first example may have to build the record
 @given(gains=st.lists(st.none() | intervals, min_size=4, max_size=4), budgets=st.lists(intervals, max_size=4))
 def test_the_headline_claims_no_more_than_its_intervals(
     gains: list[list[float] | None], budgets: list[list[float]]
@@ -420,6 +421,7 @@ def test_a_bit_width_has_one_colour_in_all_figures() -> None:
     assert len(own) == 4
 
 
+@settings(deadline=None, max_examples=30)  # every example builds a figure
 @given(st.lists(st.floats(1e-6, 1e12), min_size=1, max_size=5))
 def test_a_logarithmic_axis_has_two_ticks_or_more(values: list[float]) -> None:
     pieces = tuple(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.io import loadmat  # type: ignore[import-untyped]
-from scipy.io.matlab import MatReadError  # type: ignore[import-untyped]
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torchvision import datasets
 
 from quee_core.data.datasets import DatasetDescription, ImageDataset, check_labels

@@ -1,0 +1,111 @@
+"""What a sweep will cost before anything runs: cells, edges, time and disk."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from quee_core.exits import FittedExits
+from quee_core.features import walked_edges
+from quee_core.grid import grid_points
+from quee_core.plan import WALKED, SweepPlan
+from quee_core.quantize.calibration import Calibration
+from quee_core.stages import branches_of, cells_of, grid_units
+from quee_core.store import Store
+from quee_core.tables import TOP
+
+QUANTIZATION_OVERHEAD = 1.3  # of a simulated segment over the float one: the bound that the benchmark checks
+TRIAL_IMAGES = 32
+ROW_BYTES = 8 + 2 + 2 + 1 + 16  # of a row's plain columns, before compression
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """images: by split. seconds, bytes: of the walk that is left to do, on the device at hand."""
+
+    images: dict[str, int]
+    paths: int
+    gates: int
+    cells: int
+    cells_missing: int
+    branches: int
+    edges_per_image: int
+    grid_points: int
+    grid_units: int
+    seconds: float
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and values to print."""
+        return [
+            ("images", ", ".join(f"{name} {count:,}" for name, count in self.images.items())),
+            ("paths, gates", f"{self.paths:,}, {self.gates:,}"),
+            ("cells, of which the store lacks", f"{self.cells:,}, {self.cells_missing:,}"),
+            ("branches (tasks)", f"{self.branches:,}"),
+            ("tree edges walked per image", f"{self.edges_per_image:,}"),
+            ("grid points, units of work", f"{self.grid_points:,}, {self.grid_units:,}"),
+            ("estimated time of the walk", f"{self.seconds:,.0f} s"),
+            ("estimated disk, at most", f"{self.bytes / 1e6:,.1f} MB"),
+        ]
+
+
+def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
+    """Count what `plan` asks for, look up what `store` has, and time one float pass of a few images on `device`.
+
+    Without a calibration and exits in the store no cell can be there, so all count as missing.
+    """
+    branches = branches_of(plan)
+    total = sum(len(plan.shards(split)) for split in WALKED) * len(plan.tree.paths)
+    calibration = store.get_artefact("calibration", plan.calibration_key)
+    exits = store.get_artefact("exits", plan.exits_key)
+    left, edge_images = 0, 0
+    for split, shard, bits in branches:
+        paths = list(plan.tree.branch(bits))
+        if calibration is not None and exits is not None:
+            cells = cells_of(
+                plan, FittedExits.from_bytes(exits), Calibration.from_bytes(calibration), split, shard, paths
+            )
+            absent = set(store.missing(list(cells.values())))
+            paths = [path for path in paths if cells[path] in absent]
+        left += len(paths)
+        edge_images += walked_edges(paths) * sum(len(s.positions) for s in plan.shards(split)[shard])
+    classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions
+    row = ROW_BYTES + 4 * min(classes, TOP) + 2 * dimensions
+    rows = sum(plan.images[split] for split in WALKED) * len(plan.tree.paths)
+    points = grid_points(plan.config)
+    return Estimate(
+        images=dict(plan.images),
+        paths=len(plan.tree.paths),
+        gates=len(plan.tree.gates),
+        cells=total,
+        cells_missing=left,
+        branches=len(branches),
+        edges_per_image=plan.tree.edges,
+        grid_points=len(points),
+        grid_units=len(grid_units(points, plan.tree)),
+        seconds=edge_images * _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD,
+        bytes=rows * row,
+    )
+
+
+@torch.inference_mode()
+def _seconds_an_edge(plan: SweepPlan, device: torch.device) -> float:
+    """Seconds that one image takes through one segment of average length, in float."""
+    backbone = plan.loaded.backbone.to(device)
+    images = torch.zeros(TRIAL_IMAGES, *backbone.image_shape, device=device)
+    tokens = backbone.stem(images)
+    taken = []
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        hidden = tokens
+        for part in backbone.segments:
+            hidden = part(hidden)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return taken[-1] / TRIAL_IMAGES / backbone.depth

@@ -1,0 +1,66 @@
+"""One small sweep's network and tables on bundled images, shared by the tests of a process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from quee_core.config import SweepConfig, parse_config
+from quee_core.exits import FittedExits
+from quee_core.network import PathNetwork
+from quee_core.plan import WALKED, SweepPlan, resolve
+from quee_core.quantize.calibration import Calibration
+from quee_core.stages import branches_of, cells_of, extract_branch, network_of, outcomes_of
+from quee_core.store import Store
+from quee_core.tables import Outcomes
+
+settings.register_profile("quee", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("quee")
+
+
+def small_config(folder: Path, **sections: dict) -> SweepConfig:
+    """A sweep of seconds: 120 images a split, two bit-widths, two exits, the cheapest calibration."""
+    raw = {
+        "name": "small",
+        "dataset": {"limit": 120},
+        "backbone": {"exits": [4, 8]},
+        "paths": {"bits": [2, 8], "policy": "full"},
+        "quantization": {"method": "minmax", "images": 32},
+        "heads": {"epochs": 3},
+        "embedding": {"dimensions": 8},
+        "targets": {"clusters": [None, 5]},
+        "predictors": [{"name": "logistic"}, {"name": "nearest_cluster", "options": {"clusters": 5}}],
+        "prices": {"count": 12},
+        "cost": {"batch": 16, "repeats": 1},
+        "evaluation": {"resamples": 100},
+        "run": {"store": str(folder / "store"), "runs": str(folder / "runs"), "device": "cpu"},
+    }
+    for name, fields in sections.items():
+        raw[name] = {**raw.get(name, {}), **fields}
+    return parse_config(raw, source="tests")
+
+
+@dataclass(frozen=True)
+class SmallSweep:
+    plan: SweepPlan
+    store: Store
+    network: PathNetwork
+    exits: FittedExits
+    calibration: Calibration
+    target: Outcomes
+    select: Outcomes
+    test: Outcomes
+
+
+@pytest.fixture(scope="session")
+def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> SmallSweep:
+    config = small_config(tmp_path_factory.mktemp("small"))
+    plan, store = resolve(config), Store.open(config.run.store)
+    network, exits, calibration = network_of(plan, store, torch.device("cpu"))
+    for split, shard, bits in branches_of(plan):
+        cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(bits))
+        extract_branch(plan, store, network, cells, split, shard)
+    outcomes = [outcomes_of(plan, store, exits, calibration, split)[0] for split in WALKED]
+    return SmallSweep(plan, store, network, exits, calibration, *outcomes)
