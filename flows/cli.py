@@ -125,9 +125,11 @@ def plan(
 ) -> None:
     """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
     from quee_core.estimate import estimate
-    from quee_core.plan import resolve
+    from quee_core.plan import choose_device, resolve
+    from quee_core.store import Store
 
-    found = estimate(resolve(_configured(config, data_root, checkpoint, store, device, limit)))
+    asked = _configured(config, data_root, checkpoint, store, device, limit)
+    found = estimate(resolve(asked), Store.open(asked.run.store), choose_device(asked.run.device))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return

@@ -79,7 +79,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
     rows = sum(plan.images[split] for split in WALKED) * len(plan.tree.paths)
     points = grid_points(plan.config)
     return Estimate(
-        images=dict(plan.images),
+        images={str(name): count for name, count in plan.images.items()},
         paths=len(plan.tree.paths),
         gates=len(plan.tree.gates),
         cells=total,

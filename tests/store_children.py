@@ -18,10 +18,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from feature_tables import numbered_cell, small_table
-
 from quee_core.errors import StoreError
 from quee_core.store import Store
+from tests.feature_tables import numbered_cell, small_table
 
 STEPS = ("open", "os.mkdir", "os.rename", "os.remove")  # audit events that are raised before each of them
 

@@ -24,7 +24,7 @@ from selenium.webdriver.support.ui import Select
 from quee_core.record import BudgetRow, SegmentCost, SweepRecord
 from quee_core.report import figures, palette
 from quee_core.report.page import render
-from quee_core.report.summary import summarise
+from quee_core.report.summary import closest_rival, summarise
 from quee_core.report.wording import duration, interval, percent, points, quantity
 from tests import sweep_records
 
@@ -396,6 +396,26 @@ def test_a_losing_sweep_says_so_first() -> None:
     assert "worse" in summary.headline
     assert summary.tiles[0].value.startswith("−")
     assert rendered("losing").index("▼ worse") < rendered("losing").index('id="budgets"')
+
+
+def test_a_front_that_begins_later_is_said_first() -> None:
+    record = record_of("losing")
+    rival = closest_rival(record)
+    assert rival is not None
+
+    def sentence(late: str) -> str:
+        """With every front at a cost of 10 % from its first point on, but for `late`, at 30 %."""
+        fronts = []
+        for front in record.fronts:
+            first = front.points[0].model_copy(update={"cost": 0.3 if front.method == late else 0.1})
+            fronts.append(front.model_copy(update={"points": (first,)}))
+        return summarise(record.model_copy(update={"fronts": tuple(fronts), "cheapest_cost": 0.1})).sentence
+
+    assert "begins at" not in sentence("no method")
+    assert "QuEE’s front begins at 30.0%" in sentence("quee")
+    assert "22.2 points are held against QuEE" in sentence("quee")
+    assert "at 30.0%. Costs" in sentence(rival.method)
+    assert "22.2 points are held against the baseline" in sentence(rival.method)
 
 
 def test_accuracy_that_is_never_reached_is_said_first() -> None:

@@ -19,7 +19,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
-from feature_tables import PATHS, numbered_cell, small_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from quee_core.errors import DamagedTableError, StoreError
 from quee_core.store import Store
 from quee_core.tables import Cell, to_parquet_bytes
 from quee_core.whole_files import disk_faults, is_temporary, whole_file
+from tests.feature_tables import PATHS, numbered_cell, small_table
 
 CHILDREN = Path(__file__).with_name("store_children.py")
 DEADLINE = 60.0  # seconds; a child that takes longer is stuck

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feature_tables import PATHS, numbered_cell, small_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -35,6 +34,7 @@ from quee_core.tables import (
     softmax,
     to_parquet_bytes,
 )
+from tests.feature_tables import PATHS, numbered_cell, small_table
 
 Logits = NDArray[np.float32]
 

@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.baselines.data import BaselineData, PolicyPair
-from quee_core.baselines.oracle import oracle
-from quee_core.baselines.random_exit import random_exit
-from quee_core.baselines.static import static
-from quee_core.baselines.threshold import threshold
+from quee_core.baselines.oracle import label_oracle
+from quee_core.baselines.random_exit import random_exits
+from quee_core.baselines.static import static_paths
+from quee_core.baselines.threshold import threshold_exits
 
 Baseline = Callable[[BaselineData, NDArray[np.float64]], PolicyPair]
 
 _BASELINES: dict[str, Baseline] = {
-    "static": static,
-    "threshold": threshold,
-    "random": random_exit,
-    "oracle": oracle,
+    "static": static_paths,
+    "threshold": threshold_exits,
+    "random": random_exits,
+    "oracle": label_oracle,
 }
 BASELINES: Mapping[str, Baseline] = MappingProxyType(_BASELINES)
 

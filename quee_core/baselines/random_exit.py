@@ -10,8 +10,8 @@ from quee_core.tables import Outcomes
 PROBABILITIES = np.linspace(0, 1, 21)
 
 
-def random_exit(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
-    """At each uniform bit-width and gate, exit with one of 21 probabilities; seeded. `prices` play no part."""
+def random_exits(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
+    """At each uniform bit-width, exit at every gate with one of 21 probabilities; seeded. `prices` play no part."""
     del prices
     widths = data.tree.bits
     settings = tuple(f"{b} bits, exit with probability {p:.2f}" for b in widths for p in PROBABILITIES)

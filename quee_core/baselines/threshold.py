@@ -6,107 +6,219 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.baselines.data import BaselineData, PolicyPair
-from quee_core.fronts import Decisions
+from quee_core.errors import NumericError, ShapeMismatchError
+from quee_core.fronts import Decisions, choose_points, operating_points
+from quee_core.gates import check_prices
 from quee_core.tables import UNCERTAINTY, Outcomes
 
 MEASURES = {"p_max": 1.0, "entropy": -1.0, "margin": 1.0}  # sign that makes more mean surer
-MAX_ROUNDS = 20
+MAX_ROUNDS = 50
+ROUNDING = 1e-9  # total losses closer than this are equal: they are sums of errors and prices in float64
+WORTH_MOVING = 1e-6  # total loss, in errors, that another price's thresholds must save: well above what rounding adds
 
 
-def threshold(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
-    """Thresholds for every measure, uniform bit-width and price λ; they compete through the hull on `select`.
+def threshold_exits(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
+    """Thresholds for every measure, uniform bit-width and price λ, which compete through the hull on `select`.
 
-    For each price the thresholds minimise mean error + λ cost over `select`: from the last gate backwards, each
-    exactly (all cuts between sorted confidences), then again gate by gate over the images that reach it, until
-    nothing changes.
+    The settings are those on that hull, by ascending cost. Answering always at one exit is among the competitors (it
+    is what thresholds of plus and minus infinity do), so that the front begins and ends where the network does, however
+    narrow the price grid. Heads are charged at every exit passed, as they are to QuEE. Raises ConfigError for bad
+    prices, InvalidPathError for a tree without the uniform paths, NumericError for confidences that are not finite.
     """
-    settings: list[str] = []
-    priced: list[float | None] = []
-    on_select, on_test = [], []
+    grid = check_prices(prices)
+    candidates: list[_Candidate] = []
     for bits in data.tree.bits:
         ladder = data.ladder(bits)
+        candidates += [
+            _Candidate(f"{bits} bits, always exit {k + 1}", None, ladder, next(iter(MEASURES)), always)
+            for k, always in enumerate(_fixed_exits(len(ladder)))
+        ]
         for measure in MEASURES:
-            cuts = tune(_Ladder.of(data.select, ladder, measure), data.every[ladder], prices)
-            on_select.append(_exits(data.select, ladder, measure, cuts))
-            on_test.append(_exits(data.test, ladder, measure, cuts))
-            settings += [f"{measure}, {bits} bits, λ = {price:.4g}" for price in prices]
-            priced += prices.tolist()
-
-    def decisions(parts: list[NDArray[np.int16]]) -> Decisions:
-        return Decisions("threshold", "baseline", tuple(settings), tuple(priced), np.concatenate(parts))
-
-    return PolicyPair(decisions(on_select), decisions(on_test), data.every)
-
-
-@dataclass(frozen=True, eq=False)
-class _Ladder:
-    """errors: float64 [n, L]. confidence: float64 [n, L - 1], more is surer."""
-
-    errors: NDArray[np.float64]
-    confidence: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, outcomes: Outcomes, ladder: list[int], measure: str) -> "_Ladder":
-        return cls(outcomes.errors[:, ladder].astype(np.float64), _confidence(outcomes, ladder, measure))
+            confidence = _confidence(data.select, ladder, measure)
+            tuned = tune_thresholds(confidence, data.select.errors[:, ladder], data.every[ladder], grid)
+            candidates += [
+                _Candidate(f"{measure}, {bits} bits, λ = {price:.4g}", price, ladder, measure, thresholds)
+                for price, thresholds in zip(grid.tolist(), tuned, strict=True)
+            ]
+    everything = _decisions(data.select, candidates)
+    hull = choose_points(*operating_points(everything, data.select.errors, data.every))
+    return PolicyPair(everything.take(hull), _decisions(data.test, [candidates[k] for k in hull]), data.every)
 
 
-def tune(ladder: _Ladder, costs: NDArray[np.float64], prices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Thresholds float64 [prices, L - 1]: an image exits at the first gate where its confidence is at least that."""
-    n, depth = ladder.errors.shape
-    loss = ladder.errors[None] + prices[:, None, None] * costs  # [prices, n, L]
-    cuts = np.full((len(prices), depth - 1), np.inf)
-    gates = [_Gate.of(ladder.confidence[:, k]) for k in range(depth - 1)]
-    everyone = np.ones((len(prices), n), bool)
-    onward = loss[:, :, -1]
-    for k in reversed(range(depth - 1)):
-        cuts[:, k] = gates[k].best_cut(loss[:, :, k] - onward, everyone)
-        onward = np.where(ladder.confidence[:, k] >= cuts[:, k, None], loss[:, :, k], onward)
+def tune_thresholds(
+    confidence: NDArray[np.floating],
+    errors: NDArray[np.bool_],
+    costs: NDArray[np.float64],
+    prices: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Thresholds that minimise mean error + λ · mean cost over n images, for each price λ; float64 [prices, L - 1].
+
+    confidence: float [n, L - 1], at every exit but the last, more is surer. errors: bool [n, L]. costs: float64 [L], of
+    ending at each exit. prices: [prices]. An image exits at the first exit whose confidence is at least the threshold.
+
+    Each threshold is found exactly, over all cuts between sorted confidences: first from the last exit backwards over
+    all images, then over those that reach the exit, again and again until nothing changes. What was found for one price
+    is then offered to all others, and improved there, until no price gains: that leaves few of the local optima that
+    the descent alone ends in. Of equally good cuts the one at which more images exit is taken, and the threshold lies
+    half way between the last image that exits and the first that goes on.
+    Raises ShapeMismatchError if the arrays disagree, NumericError for confidences that are not finite.
+    """
+    grid = check_prices(prices)
+    n, exits = errors.shape
+    if confidence.shape != (n, exits - 1) or costs.shape != (exits,) or n == 0:
+        raise ShapeMismatchError(
+            f"confidence {confidence.shape}, errors {errors.shape}, costs {costs.shape}: want [n, L - 1], [n, L], [L]"
+        )
+    if not np.isfinite(confidence).all():
+        raise NumericError("confidences must be finite; check the uncertainty columns of the tables")
+    problem = _Problem.of(confidence.astype(np.float64), errors.astype(np.float64), costs)
+    cuts = problem.descend(problem.induce(grid), grid)
+    loss = problem.loss(cuts, grid)
     for _ in range(MAX_ROUNDS):
-        before = cuts.copy()
-        for k in range(depth - 1):
-            left = np.asarray((ladder.confidence[None, :, :k] >= cuts[:, None, :k]).any(axis=2))
-            onward = loss[:, :, -1]
-            for later in reversed(range(k + 1, depth - 1)):
-                onward = np.where(ladder.confidence[:, later] >= cuts[:, later, None], loss[:, :, later], onward)
-            cuts[:, k] = gates[k].best_cut(loss[:, :, k] - onward, ~left)
-        if np.array_equal(cuts, before):
+        error, cost = problem.points(cuts)
+        offered = error + grid[:, None] * cost  # [prices, whose cuts]
+        best = offered.argmin(axis=1)
+        gain = np.flatnonzero(offered[np.arange(len(grid)), best] < loss - WORTH_MOVING / n)
+        if not len(gain):
             break
-    return cuts
+        cuts[gain] = problem.descend(cuts[best[gain]], grid[gain])
+        loss[gain] = problem.loss(cuts[gain], grid[gain])
+    return problem.thresholds(cuts)
+
+
+def exits_taken(confidence: NDArray[np.floating], thresholds: NDArray[np.float64]) -> NDArray[np.int16]:
+    """Exit of each image, from 0, at each row of thresholds: int16 [settings, n].
+
+    confidence: float [n, L - 1], more is surer. thresholds: float64 [settings, L - 1].
+    """
+    taken = np.full((len(thresholds), len(confidence)), confidence.shape[1], np.int16)
+    for k in reversed(range(confidence.shape[1])):
+        taken[confidence[:, k] >= thresholds[:, k, None]] = k
+    return taken
 
 
 @dataclass(frozen=True, eq=False)
-class _Gate:
-    """One gate's images by falling confidence. ends: where a run of equal confidences ends, a place to cut."""
+class _Problem:
+    """n images at L exits. A policy is one cut per gate: how many of the surest images exit, were all to reach it.
 
+    errors: float64 [n, L]. confidence: float64 [n, L - 1]. order, rank: intp [L - 1, n], images by falling confidence
+    and the position of each. ends: of each gate, where cuts can lie: between images of different confidence.
+    """
+
+    confidence: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    costs: NDArray[np.float64]
     order: NDArray[np.intp]
-    ends: NDArray[np.intp]
-    values: NDArray[np.float64]
+    rank: NDArray[np.intp]
+    ends: tuple[NDArray[np.intp], ...]
 
     @classmethod
-    def of(cls, confidence: NDArray[np.float64]) -> "_Gate":
-        order = np.argsort(-confidence, kind="stable")
-        ranked = confidence[order]
-        ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-        below = np.append(ranked[ends[:-1] + 1], -np.inf)
-        return cls(order, ends, np.append((ranked[ends[:-1]] + below[:-1]) / 2, -np.inf))
+    def of(cls, confidence: NDArray[np.float64], errors: NDArray[np.float64], costs: NDArray[np.float64]) -> "_Problem":
+        order = np.argsort(-confidence.T, axis=1, kind="stable")
+        rank = np.argsort(order, axis=1)
+        falling = np.take_along_axis(confidence.T, order, axis=1)
+        ends = (np.concatenate([[0], np.flatnonzero(np.diff(row)) + 1, [len(row)]]) for row in falling)
+        return cls(confidence, errors, costs, order, rank, tuple(ends))
 
-    def best_cut(self, gain: NDArray[np.float64], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """The cut of least total loss for each price; gain [prices, n]: loss of exiting less that of going on."""
-        totals = np.cumsum(np.where(counted, gain, 0.0)[:, self.order], axis=1)[:, self.ends]
-        best = totals.argmin(axis=1)
-        worth = totals[np.arange(len(best)), best] < 0
-        return np.where(worth, self.values[best], np.inf)
+    def induce(self, prices: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Cuts from the last gate backwards, as if every image reached every gate; intp [prices, L - 1]."""
+        unknown = np.zeros((len(prices), len(self.order)), np.intp)
+        return self._backwards(unknown, prices, np.ones((len(self.order), 1, 1), bool))
+
+    def descend(self, cuts: NDArray[np.intp], prices: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Improve the cuts gate by gate, each price of its own, until none changes; intp [prices, L - 1]."""
+        cuts = cuts.copy()
+        moving = np.arange(len(prices))
+        for _ in range(MAX_ROUNDS):
+            before = cuts[moving]
+            cuts[moving] = self._backwards(before, prices[moving], self._reached(before))
+            moving = moving[(cuts[moving] != before).any(axis=1)]
+            if not len(moving):
+                break
+        return cuts
+
+    def points(self, cuts: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean error and mean cost of each policy, float64 [policies] each."""
+        reached = self._reached(cuts)
+        error, cost = np.zeros(len(cuts)), np.zeros(len(cuts))
+        for k in range(len(self.costs)):
+            ends = reached[k] if k == len(self.order) else reached[k] & (self.rank[k] < cuts[:, k, None])
+            error += ends @ self.errors[:, k]
+            cost += ends.sum(axis=1) * self.costs[k]
+        return error / len(self.errors), cost / len(self.errors)
+
+    def loss(self, cuts: NDArray[np.intp], prices: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean error + λ · mean cost, each policy at its own price; float64 [prices]."""
+        error, cost = self.points(cuts)
+        return error + prices * cost
+
+    def thresholds(self, cuts: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Confidences that part the images that exit from those that go on, among those that are there."""
+        reached = self._reached(cuts)
+        found = np.empty(cuts.shape)
+        for k in range(len(self.order)):
+            surer = self.rank[k] < cuts[:, k, None]
+            lowest = np.where(reached[k] & surer, self.confidence[:, k], np.inf).min(axis=1)
+            highest = np.where(reached[k] & ~surer, self.confidence[:, k], -np.inf).max(axis=1)
+            finite = np.isfinite(lowest) & np.isfinite(highest)
+            found[:, k] = np.where(np.isfinite(lowest), highest, lowest)  # -inf: all exit; inf: none does
+            found[finite, k] = (lowest[finite] + highest[finite]) / 2
+        return found
+
+    def _reached(self, cuts: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which images come to each exit, bool [L, policies, n]."""
+        reached = np.ones((len(self.costs), len(cuts), len(self.errors)), bool)
+        for k in range(len(self.order)):
+            np.logical_and(reached[k], self.rank[k] >= cuts[:, k, None], out=reached[k + 1])
+        return reached
+
+    def _backwards(
+        self, cuts: NDArray[np.intp], prices: NDArray[np.float64], reached: NDArray[np.bool_]
+    ) -> NDArray[np.intp]:
+        """The best cut of each gate, last gate first, given the new cuts behind it and the images that reach it."""
+        cuts = cuts.copy()
+        onward = self.errors[:, -1] + prices[:, None] * self.costs[-1]
+        for k in reversed(range(len(self.order))):
+            here = self.errors[:, k] + prices[:, None] * self.costs[k]
+            saved = np.zeros((len(prices), len(here[0]) + 1))
+            np.cumsum(((onward - here) * reached[k])[:, self.order[k]], axis=1, out=saved[:, 1:])
+            saved = saved[:, self.ends[k]]
+            good = saved >= saved.max(axis=1, keepdims=True) - ROUNDING
+            cuts[:, k] = self.ends[k][good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)]
+            onward = np.where(self.rank[k] < cuts[:, k, None], here, onward)
+        return cuts
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """One policy: thresholds float64 [L - 1] on one measure, along the uniform paths at positions `ladder`."""
+
+    setting: str
+    price: float | None
+    ladder: list[int]
+    measure: str
+    thresholds: NDArray[np.float64]
+
+
+def _decisions(outcomes: Outcomes, candidates: list[_Candidate]) -> Decisions:
+    choice = np.empty((len(candidates), outcomes.images), np.int16)
+    confidences: dict[tuple[str, int], NDArray[np.float64]] = {}
+    for k, candidate in enumerate(candidates):
+        key = candidate.measure, candidate.ladder[0]
+        if key not in confidences:
+            confidences[key] = _confidence(outcomes, candidate.ladder, candidate.measure)
+        taken = exits_taken(confidences[key], candidate.thresholds[None])[0]
+        choice[k] = np.asarray(candidate.ladder, np.int16)[taken]
+    settings, prices = tuple(c.setting for c in candidates), tuple(c.price for c in candidates)
+    return Decisions("threshold", "baseline", settings, prices, choice)
+
+
+def _fixed_exits(exits: int) -> NDArray[np.float64]:
+    """Thresholds that let every image answer at exit 1, at exit 2, …: float64 [L, L - 1]."""
+    return np.where(np.eye(exits, exits - 1, dtype=bool), -np.inf, np.inf)
 
 
 def _confidence(outcomes: Outcomes, ladder: list[int], measure: str) -> NDArray[np.float64]:
-    values = outcomes.uncertainty[:, ladder[:-1], UNCERTAINTY.index(measure)].astype(np.float64)
-    return MEASURES[measure] * values
-
-
-def _exits(outcomes: Outcomes, ladder: list[int], measure: str, cuts: NDArray[np.float64]) -> NDArray[np.int16]:
-    """Path of every image at each price's thresholds, int16 [prices, n]."""
-    confidence = _confidence(outcomes, ladder, measure)
-    choice = np.full((len(cuts), outcomes.images), ladder[-1], np.int16)
-    for k in reversed(range(len(ladder) - 1)):
-        choice[confidence[:, k] >= cuts[:, k, None]] = ladder[k]
-    return choice
+    """Confidence at every exit of the ladder but the last, float64 [n, L - 1], more is surer."""
+    values = outcomes.uncertainty[:, ladder[:-1], UNCERTAINTY.index(measure)]
+    return MEASURES[measure] * values.astype(np.float64)

@@ -163,7 +163,8 @@ def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bit
     `backbone` stays as it is. Raises QuantizationError if the calibration lacks a bit-width or a layer, or was made
     for layers of other shapes.
     """
-    stem, final = backbone.stem, backbone.final
+    stem: nn.Module = backbone.stem
+    final = backbone.final
     image_size = backbone.num_tokens * backbone.embed_dim
     if calibration.edge != FULL_PRECISION:
         found = calibration._at(calibration.edge)
@@ -201,7 +202,7 @@ def quantize_linear(linear: nn.Linear, inputs: Tensor, bits: int, method: str) -
 
 
 def linear_to_arrays(layer: QuantLinear) -> Arrays:
-    """A quantised linear layer as arrays: weight int8 [out, in], scale and bias float32 [out], its input's quantiser."""
+    """A quantised linear layer as arrays: weight int8 [out, in], scale and bias float32 [out]; inputs."""
     settings = json.dumps(to_settings(layer.inputs), sort_keys=True).encode()
     return {
         "weight": layer.integers().cpu().numpy(),
@@ -227,20 +228,22 @@ def _linear_quantizers(layer: nn.Module, samples: LinearSamples, bits: int, meth
 
 
 def _quantizable(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Every linear layer, convolution and attention in `module`, by name. Raises QuantizationError for what is neither."""
+    """Every linear layer, convolution and attention in `module`, by name.
+
+    Raises QuantizationError for one that has no integer version here, and for a module that may multiply in float.
+    """
     found: dict[str, nn.Module] = {}
     for name, part in module.named_modules(prefix=prefix):
         where = f"{name}: a {type(part).__name__} that cannot be quantised"
         if type(part) is nn.Linear or isinstance(part, Attention):
             found[name] = part
         elif type(part) is nn.Conv2d:
-            if part.groups != 1 or part.padding_mode != "zeros" or isinstance(part.padding, str):
+            if part.groups != 1 or part.padding_mode != "zeros" or part.padding == "same":
                 raise QuantizationError(f"{where}: groups {part.groups}, padding {part.padding} ({part.padding_mode})")
             found[name] = part
-        elif isinstance(part, nn.Linear | nn.Conv2d) or any(p.dim() > 1 for p in part.parameters(recurse=False)):
-            if not prefix == "stem" or isinstance(part, nn.Linear | nn.Conv2d):
-                raise QuantizationError(f"{where}: only plain linear layers and convolutions have integer versions")
-        elif prefix != "stem" and any(part.children()) and not isinstance(part, _TRANSPARENT):
+        elif isinstance(part, nn.Linear | nn.Conv2d):
+            raise QuantizationError(f"{where}: only plain linear layers and convolutions have integer versions")
+        elif prefix != "stem" and any(True for _ in part.children()) and not isinstance(part, _TRANSPARENT):
             raise QuantizationError(f"{where}: it may multiply activations in float")
     return found
 

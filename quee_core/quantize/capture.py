@@ -14,7 +14,7 @@ from quee_core.errors import NumericError
 from quee_core.quantize.methods import AttentionSamples, LinearSamples
 
 KEPT_ROWS = 8192  # of each linear layer's inputs, out of all tokens of all images
-KEPT_SCORES = 2**19  # attention weights that are kept of each layer, as whole images
+KEPT_SCORES = 2**18  # attention weights that are kept of each layer, as whole images
 TOGETHER = 32  # images that run at a time
 
 Samples = LinearSamples | AttentionSamples
@@ -74,7 +74,7 @@ def _run(piece: nn.Module, layers: Layers, values: Tensor) -> tuple[Tensor, dict
                 before, gather[name] = _linear_hook(name, len(values), generator)
                 handle = layer.register_forward_pre_hook(before)
             hooks.callback(handle.remove)
-        behind = torch.cat([piece(part) for part in values.split(TOGETHER)])
+        behind = torch.cat([piece(part) for part in torch.split(values, TOGETHER)])
     return behind, gather
 
 
@@ -86,10 +86,7 @@ def _linear_hook(
     def hook(layer: nn.Module, given: tuple[Tensor]) -> None:
         values = given[0].float()
         share = len(values) / images * KEPT_ROWS
-        if isinstance(layer, nn.Conv2d):
-            rows = _patches(layer, values)
-        else:
-            rows = values.reshape(-1, values.shape[-1])
+        rows = _patches(layer, values) if isinstance(layer, nn.Conv2d) else values.reshape(-1, values.shape[-1])
         if len(rows) > share:
             picked = torch.randperm(len(rows), generator=generator)[: max(1, int(share))]
             rows = rows[picked.sort().values.to(rows.device)]
@@ -100,11 +97,8 @@ def _linear_hook(
 
 def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
     """What a convolution without groups multiplies its flattened weight with: float32 [n h' w', c kh kw]."""
-    if isinstance(conv.padding, str):
-        raise NumericError(f"padding {conv.padding!r} of a convolution")
-    columns = functional.unfold(
-        images, conv.kernel_size, dilation=conv.dilation, padding=conv.padding, stride=conv.stride
-    )
+    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding  # only "valid" is let through
+    columns = functional.unfold(images, conv.kernel_size, dilation=conv.dilation, padding=padding, stride=conv.stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 

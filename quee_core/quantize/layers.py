@@ -2,9 +2,10 @@
 
 The operands of every product are integers held in float32. Their sums stay below 2^24 in magnitude, so they are exact
 in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
-on threads or BLAS. Where the sums of a layer could grow beyond that, its products are taken in float64, which is exact
-up to 2^53. One pass then brings the integers back to real values, accumulator * scale + bias. The activations between
-the layers are made of operations that treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
+on threads or BLAS. Where the sums of a layer could grow beyond that, they are taken in two halves, or in float64,
+which is exact up to 2^53, and then rounded to float32 once. One pass brings the integers back to real values,
+accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations that treat
+every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
 
 import math
@@ -43,8 +44,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.inputs = inputs
         self.out_features, self.in_features = integers.shape
-        self.product = _product_type(integers, inputs)
-        self.register_buffer("weight", integers.to(self.product))
+        self.parts = _exact_parts(integers, inputs)
+        self.register_buffer("weight", integers.to(torch.float32 if self.parts else torch.float64))
         self.register_buffer("weight_scale", weight_scale.clone())
         self.register_buffer("scale", weight_scale * inputs.scale)
         self.register_buffer("bias", bias.clone())
@@ -55,8 +56,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        integers = self.inputs.integers(x).to(self.product)
-        sums = functional.linear(integers, self.weight).float()
+        integers = self.inputs.integers(x)
+        if self.parts == 1:
+            sums = functional.linear(integers, self.weight)
+        elif self.parts == 2:  # each exact, so that their sum is rounded once, as the integer would be
+            half = self.in_features // 2
+            sums = functional.linear(integers[..., :half], self.weight[:, :half])
+            sums += functional.linear(integers[..., half:], self.weight[:, half:])
+        else:
+            sums = functional.linear(integers.double(), self.weight).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
 
 
@@ -76,8 +84,9 @@ class QuantConv2d(nn.Module):
         """integers: int8 [out, c, kh, kw]; weight_scale and correction, added to the bias of `conv`: float32 [out]."""
         super().__init__()
         self.inputs = inputs
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.product = _product_type(integers, inputs)
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+        self.product = torch.float32 if _exact_parts(integers, inputs) == 1 else torch.float64
         device = conv.weight.device
         bias = correction.to(device) if conv.bias is None else correction.to(device) + conv.bias.detach().float()
         self.register_buffer("weight", integers.to(device, self.product))
@@ -87,10 +96,20 @@ class QuantConv2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         integers = self.inputs.integers(images).to(self.product)
-        sums = functional.conv2d(
-            integers, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation
-        ).float()
+        if integers.is_cuda:  # where a convolution may go by transforms with fractions in them, a product may not
+            sums = self._by_columns(integers).float()
+        else:
+            geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+            sums = functional.conv2d(integers, self.weight, **geometry).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
+
+    def _by_columns(self, integers: Tensor) -> Tensor:
+        kernel = self.weight.shape[2:]
+        columns = functional.unfold(integers, kernel, self.dilation, self.padding, self.stride)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
+        sides = zip(integers.shape[2:], self.padding, reach, self.stride, strict=True)
+        height, width = ((side + 2 * pad - far - 1) // step + 1 for side, pad, far, step in sides)
+        return torch.matmul(self.weight.flatten(1), columns).view(len(integers), -1, height, width)
 
 
 class QuantAttention(nn.Module):
@@ -141,9 +160,9 @@ class QuantAttention(nn.Module):
         return projected
 
     def _weighted(self, attention: Tensor, values: Tensor) -> Tensor:
-        # a row of softmax sums to 1, so its integers to 1 / scale, give or take what rounding adds to each
+        # a row of softmax sums to 1, and no integer is more than twice its value in steps of the scale, plus 1
         tokens = attention.shape[-1]
-        largest_sum = min(tokens * self.weights.largest, 1.5 / self.weights.scale + tokens)
+        largest_sum = min(tokens * self.weights.largest, 2 / self.weights.scale + tokens)
         if largest_sum * self.value.largest <= EXACT:
             return torch.bmm(attention, values)
         return torch.bmm(attention.double(), values.double()).float()
@@ -190,7 +209,7 @@ class InParts(nn.Module):
         if x.is_cuda or len(x) <= self.together:
             behind: Tensor = self.inside(x)
             return behind
-        return torch.cat([self.inside(part) for part in x.split(self.together)])
+        return torch.cat([self.inside(part) for part in torch.split(x, self.together)])
 
 
 def _gelu_share(x: Tensor) -> Tensor:
@@ -218,7 +237,11 @@ _SHARES: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = MappingProxyType
 )
 
 
-def _product_type(integers: Tensor, inputs: ActivationQuantizer) -> torch.dtype:
-    """What products of `inputs` with the rows of integers [out, ...] are exact in, whatever the inputs are."""
-    largest_sum = int(integers.flatten(1).long().abs().sum(dim=1).max()) * inputs.largest
-    return torch.float32 if largest_sum <= EXACT else torch.float64
+def _exact_parts(integers: Tensor, inputs: ActivationQuantizer) -> int:
+    """Into how many parts, 1 or 2, integers [out, ...] must be cut for float32 sums of each to be exact; else 0."""
+    magnitudes = integers.flatten(1).long().abs()
+    half = magnitudes.shape[1] // 2
+    halves = [int(part.sum(dim=1).max()) * inputs.largest for part in (magnitudes[:, :half], magnitudes[:, half:])]
+    if int(magnitudes.sum(dim=1).max()) * inputs.largest <= EXACT:
+        return 1
+    return 2 if max(halves) <= EXACT else 0

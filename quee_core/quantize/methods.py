@@ -22,15 +22,15 @@ from quee_core.quantize.quantizers import (
     Uniform,
     WeightGrid,
     real,
-    to_float32,
+    to_scale,
 )
 
 Error = Callable[[ActivationQuantizer], float]  # what a quantiser of a layer's input does to the layer's output
 
 FEW_BITS = 4  # up to which a level more, or where 0 lies, makes a difference
 SEARCHED_ROWS = 1024  # on which candidates are compared; whatever is fitted sees all samples
-CLIPS = tuple(0.86**k for k in range(20))  # shares of the observed range, from 1 down to 0.06
-SIDE_CLIPS = (0.5, 0.65, 0.8, 0.9, 1.1, 1.25, 1.5)  # of one end, relative to the best clip of both
+CLIPS = tuple(0.8**k for k in range(14))  # shares of the observed range, from 1 down to 0.055
+SIDE_CLIPS = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of one end, relative to the best clip of both
 WEIGHT_CLIPS = tuple(1 - k / 40 for k in range(32))  # shares of the largest weight of a channel
 LOG2_OCTAVES = 14  # most of a softmax's octaves: with more, attention would no longer be exact in float32
 RIDGE = 0.1  # weight of the original weights, in units of the inputs' mean second moment
@@ -174,7 +174,10 @@ class LeastOutputError:
 
         best = _best_range((samples.low, samples.high), bits, error)
         if -samples.high / 4 < samples.low < 0:  # as behind a GELU
-            best = _least([best, *_two_sided(samples.low, samples.high, bits)], error)
+            # an exact float32 product is worth more than the last bit of error
+            sums = _clipped_grid(weight, bits, 0.75, odd=False).integers(weight).abs().sum(dim=1).max()
+            twins = [twin for twin in _two_sided(samples, bits) if twin.largest * float(sums) <= EXACT]
+            best = _least([best, *twins], error)
         return best
 
 
@@ -202,12 +205,16 @@ def round_in_turn(weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
 
 
 def _ridge(weight: Tensor, covariance_left: Tensor, moment: Tensor) -> Tensor:
-    """Change of `weight` [out, in] that makes up best for the inputs' errors; covariance_left: [in, in], E[(x - x̂) x̂ᵀ]."""
+    """Change of `weight` [out, in] that makes up best for the inputs' errors.
+
+    covariance_left: [in, in], E[(x - x̂) x̂ᵀ], of inputs and quantised inputs; moment: [in, in], E[x̂ x̂ᵀ].
+    """
     size = len(moment)
     strength = RIDGE * moment.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(size, device=moment.device, dtype=torch.float64)
     solved = torch.linalg.solve(moment.double() + strength * eye, (weight @ covariance_left).T.double())
-    return solved.T.float()
+    change: Tensor = solved.T.float()
+    return change
 
 
 def _damped(moment: Tensor) -> Tensor:
@@ -240,27 +247,15 @@ def _clipped_grid(weight: Tensor, bits: int, clip: float, *, odd: bool) -> Weigh
 def _best_range(seen: tuple[float, float], bits: int, error: Error) -> ActivationQuantizer:
     """Clip both ends alike, then each by itself."""
     kinds: tuple[type[Uniform] | type[Odd], ...] = (Uniform, Odd) if bits <= FEW_BITS else (Uniform,)
-    clips = CLIPS if bits < 8 else CLIPS[:8]
-    low, high = seen
-    found: list[tuple[float, ActivationQuantizer]] = []
+    clips = CLIPS if bits < 8 else CLIPS[:5]
+    best: list[tuple[float, ActivationQuantizer]] = []
     for kind in kinds:
-        tried = [(error(kind.over(low * clip, high * clip, bits)), clip) for clip in clips]
-        least, clip = min(tried)
-        ends = [low * clip, high * clip]
-        found.append((least, kind.over(*ends, bits)))
-        for side in (1, 0):
-            if ends[side] == 0.0:
-                continue
-            best_end = ends[side]
-            for share in SIDE_CLIPS:
-                moved = [*ends]
-                moved[side] = ends[side] * share
-                candidate = kind.over(*moved, bits)
-                at = error(candidate)
-                if at < found[-1][0]:
-                    found[-1], best_end = (at, candidate), moved[side]
-            ends[side] = best_end
-    return min(found, key=lambda of: of[0])[1]
+        _, clip = min((error(kind.over(seen[0] * clip, seen[1] * clip, bits)), clip) for clip in clips)
+        low, high = seen[0] * clip, seen[1] * clip
+        _, high = min((error(kind.over(low, high * share, bits)), high * share) for share in SIDE_CLIPS)
+        least, low = min((error(kind.over(low * share, high, bits)), low * share) for share in SIDE_CLIPS)
+        best.append((least, kind.over(low, high, bits)))
+    return min(best, key=lambda of: of[0])[1]
 
 
 def _least(
@@ -274,20 +269,20 @@ def _softmax_quantizers(bits: int) -> Iterator[ActivationQuantizer]:
         yield Uniform.over(0.0, clip, bits)
     yield Log2(min(2**bits - 2, LOG2_OCTAVES))
     half = 2 ** (bits - 1)
-    for clip in CLIPS[:12:2]:
+    for clip in CLIPS[:8]:
         for shift in range(max(bits - 1, 1), 10):
             # half of the levels, 0 among them, for the small values; the others end at the clip
             coarse = half << shift
-            if coarse < EXACT:
-                yield TwinUniform(to_float32(clip / coarse), 0, half - 1, shift, half)
+            if 2 * coarse / clip * 2**bits <= EXACT:  # a row of integers with values of `bits` bits, see QuantAttention
+                yield TwinUniform(to_scale(clip / coarse), 0, half - 1, shift, half)
 
 
-def _two_sided(low: float, high: float, bits: int) -> Iterator[TwinUniform]:
+def _two_sided(samples: LinearSamples, bits: int) -> Iterator[TwinUniform]:
     half = 2 ** (bits - 1)
-    for clip in CLIPS[:12]:
+    for clip in CLIPS[:8]:
         for shift in range(1, 6):
-            scale = to_float32(clip * high / ((half - 1) << shift)) if half > 1 else 0.0
-            if scale and scale * half < -2 * low:
+            scale = to_scale(clip * samples.high / ((half - 1) << shift))
+            if scale * half < -2 * samples.low:  # else the fine range would reach far beyond what there is
                 yield TwinUniform(scale, -half, 0, shift, half - 1)
 
 

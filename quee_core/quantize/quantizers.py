@@ -33,6 +33,11 @@ def to_float32(value: float) -> float:
     return float(np.float32(value))
 
 
+def to_scale(value: float) -> float:
+    """The float32 nearest to `value`, but none so small that it has no inverse."""
+    return to_float32(max(value, _SMALLEST_SCALE))
+
+
 def _inverse(scale: float) -> float:
     return float(np.float32(1) / np.float32(scale))
 
@@ -60,7 +65,7 @@ class Uniform:
         """2^bits levels from `low` to `high`, widened to hold 0.0 exactly."""
         low, high = min(low, 0.0), max(high, 0.0)
         top = 2**bits - 1
-        scale = to_float32(max((high - low) / top, _SMALLEST_SCALE))
+        scale = to_scale((high - low) / top)
         zero = min(round(-low / scale), top)
         return cls(scale, -zero, top - zero)
 
@@ -91,9 +96,9 @@ class Odd:
     def over(cls, low: float, high: float, bits: int) -> "Odd":
         """2^bits levels, each amid one of the equal parts that `low` … `high`, widened to hold 0.0, is cut into."""
         low, high = min(low, 0.0), max(high, 0.0)
-        step = max((high - low) / 2**bits, 2 * _SMALLEST_SCALE)
-        below = min(round(-low / step), 2**bits - 1)
-        return cls(to_float32(step / 2), -below, 2**bits - 1 - below)
+        scale = to_scale((high - low) / 2**bits / 2)
+        below = min(round(-low / scale / 2), 2**bits - 1)
+        return cls(scale, -below, 2**bits - 1 - below)
 
     @property
     def largest(self) -> int:

@@ -170,6 +170,7 @@ def shares_by_class(record: SweepRecord, price: float | None = None) -> go.Figur
     title = f"Share of images by class and path (λ = {at:.4g}, cost {percent(whole.cost)})"
     figure = _figure(title, height=150 + 26 * max(4, len(rows)))
     labels = ["<b>all images</b>", *(plotly_text(_shortened(row.class_name)) for row in classes)]
+    names = ["all images", *(plotly_text(row.class_name) for row in classes)]
     position = list(range(len(rows)))
     used = sorted({path for row in rows for path, share in row.shares.items() if share > 0}, key=_path_order)
     colours = palette.exit_colours(len(record.exits))
@@ -182,8 +183,8 @@ def shares_by_class(record: SweepRecord, price: float | None = None) -> go.Figur
             legendgroup=f"exit {own.exit}", showlegend=own.exit not in seen,
             marker={"color": colours[own.exit - 1], "line": {"color": palette.SURFACE, "width": 0.5},
                     "opacity": 0.55 + 0.45 * (peers.index(path) + 1) / len(peers)},
-            hovertext=[f"{label}, n = {row.n}<br>path {path} (exit {own.exit}): {percent(row.shares.get(path, 0.0))}"
-                       for label, row in zip(labels, rows, strict=True)],
+            hovertext=[f"{name}, n = {row.n:,}<br>path {path} (exit {own.exit}): {percent(row.shares.get(path, 0.0))}"
+                       for name, row in zip(names, rows, strict=True)],
             hoverinfo="text",
         )  # fmt: skip
         seen.add(own.exit)
@@ -249,8 +250,9 @@ def costs(record: SweepRecord) -> go.Figure:
     for column, values in enumerate(([c.bitops for c in own_costs], [c.milliseconds for c in own_costs]), start=1):
         figure.update_xaxes(type="log", dtick=_decades(values), exponentformat="SI", tickangle=0, row=1, col=column)
     figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=[plotly_text(p) for p in pieces[::-1]], tickfont_size=12
-    )
+        type="category", categoryorder="array", categoryarray=[plotly_text(p) for p in pieces[::-1]], tickfont_size=12,
+        range=[-0.7, len(pieces) - 0.3],
+    )  # fmt: skip
     for note in figure.layout.annotations:
         note.update(font={"size": 13, "color": palette.MUTED})
     return figure

@@ -11,6 +11,7 @@ from quee_core.record import BudgetRow, FrontRecord, SweepRecord
 from quee_core.report.wording import DASH, Outcome, interval, method_name, outcome, percent, points
 
 HEADLINE_DROP = 0.01
+LATE_START = 0.002  # relative cost; a narrower gap hardly moves the mean over all costs
 Verdict = Literal["better", "worse", "mixed", "undecided", "unknown"]
 
 
@@ -49,7 +50,10 @@ def summarise(record: SweepRecord) -> Summary:
         "unknown": "QuEE was compared with no baseline",
     }[verdict]
     return Summary(
-        verdict, headline, _budget_sentence(counts), (_gain_tile(rival), _saving_tile(record), _trust(record))
+        verdict,
+        headline,
+        _budget_sentence(counts) + _start_sentence(record, rival),
+        (_gain_tile(rival), _saving_tile(record), _trust(record)),
     )
 
 
@@ -118,8 +122,27 @@ def _budget_sentence(counts: dict[Outcome, int]) -> str:
     )
 
 
+def _start_sentence(record: SweepRecord, rival: FrontRecord | None) -> str:
+    """Says where the two fronts begin at different costs: the mean over all costs holds that against the later."""
+    own = next((_start(front) for front in record.fronts if front.kind == "quee"), None)
+    other = None if rival is None else _start(rival)
+    if own is None or other is None or abs(own - other) <= LATE_START:
+        return ""
+    most = abs(own - other) / (1 - min(record.cheapest_cost, own, other))
+    later = "QuEE" if own > other else "the baseline"
+    return (
+        f" QuEE’s front begins at {percent(own)} of the full cost, that of {_rival_name(rival)} at {percent(other)}. "
+        f"Costs below a front’s start count as accuracy 0: up to {points(most, 1).lstrip('+')} points are held against "
+        f"{later} in the figure over all costs, none at any budget."
+    )
+
+
+def _start(front: FrontRecord) -> float | None:
+    return min((point.cost for point in front.points if point.chosen), default=None)
+
+
 def _gain_tile(rival: FrontRecord | None) -> Tile:
-    question = "How much better, over all budgets?"
+    question = "How much better, over all costs?"
     if rival is None:
         return Tile(question, DASH, "No baseline was compared.", "unknown")
     spread = interval(rival.hypervolume_gain_low, rival.hypervolume_gain_high, signed=True, digits=2)

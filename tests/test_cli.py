@@ -1,0 +1,137 @@
+"""The command: a whole sweep through a real Prefect server, and one clear line for whatever is wrong."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from flows.cli import app
+from quee_core.backbones.micro_vit import micro_vit
+from quee_core.record import SweepRecord
+from tests.conftest import small_config
+
+QUEE = Path(sys.executable).with_name("quee")
+
+
+def run(*arguments: object, folder: Path, timeout: float = 420) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW"))}
+    return subprocess.run(
+        [QUEE, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def written(folder: Path, **sections: dict) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(small_config(folder, **sections).model_dump(mode="json", exclude_unset=True)))
+    return path
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    """The one line that a command ends with when it is given something impossible; in this process, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2, (done.output, done.exception)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.xdist_group("sweep")
+def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    first = run("sweep", config, "--json", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    record = SweepRecord.model_validate_json(first.stdout)
+    assert {front.method for front in record.fronts} == {"quee", "static", "threshold", "random", "oracle"}
+    assert all(row.low <= row.accuracy <= row.high for row in record.budgets)
+    assert (tmp_path / "runs" / "small" / "report.html").stat().st_size > 1_000_000
+    assert not any(row.failure for row in record.grid)
+
+    second = run("sweep", config, "--json", folder=tmp_path)
+    assert second.returncode == 0, second.stderr
+    again = SweepRecord.model_validate_json(second.stdout)
+    computed = {timing.stage: timing.computed for timing in again.timings}
+    assert computed["calibrate"] == computed["train heads"] == computed["extract"] == computed["fit the grid"] == 0
+    assert again.fronts == record.fronts
+    assert again.budgets == record.budgets
+
+    shown = run("report", "small", folder=tmp_path)
+    assert shown.returncode == 0
+    assert "budget" in shown.stdout
+    assert "did you mean 'small'" in refused(tmp_path, "report", "smal")
+
+    planned = json.loads(run("plan", config, "--json", folder=tmp_path).stdout)
+    assert planned["cells_missing"] == 0
+    assert planned["cells"] == planned["paths"] * 3
+
+
+def test_lists_and_version(tmp_path: Path) -> None:
+    assert run("--version", folder=tmp_path).stdout.startswith("quee ")
+    assert "micro_vit_fashion_mnist" in run("backbones", folder=tmp_path).stdout
+    assert {"fashion_mnist", "folder"} <= {
+        row["name"] for row in json.loads(run("datasets", "--json", folder=tmp_path).stdout)
+    }
+    for command in ("sweep", "plan", "report", "backbones", "datasets"):
+        assert "--help" in run(command, "--help", folder=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"backbone": {"name": "micro_vit_fashion_mnits"}}, "did you mean 'micro_vit_fashion_mnist'"),
+        ({"backbone": {"exits": [4, 9]}}, "beyond the backbone's depth"),
+        ({"backbone": {"exits": [8, 4]}}, "out of order"),
+        ({"dataset": {"name": "fashion_mnits"}}, "did you mean 'fashion_mnist'"),
+        ({"dataset": {"name": "folder", "root": "nowhere"}}, "nowhere"),
+        ({"run": {"device": "cuda:7"}}, "CUDA devices"),
+        ({"run": {"device": "tpu"}}, "tpu"),
+        ({"quantization": {"method": "mes"}}, "did you mean"),
+        ({"predictors": [{"name": "mpl"}]}, "did you mean 'mlp'"),
+        ({"quantization": {"images": 500}}, "fit split has fewer"),
+    ],
+)
+def test_impossible_requests_end_in_one_line(tmp_path: Path, sections: dict, message: str) -> None:
+    raw = small_config(tmp_path).model_dump(mode="json", exclude_unset=True)
+    for name, fields in sections.items():
+        raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert message in refused(tmp_path, "plan" if "method" not in str(sections) else "sweep", path)
+
+
+def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    weights = micro_vit(num_classes=7).state_dict()
+    save_file(weights, tmp_path / "seven.safetensors")
+    assert "7" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "seven.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:5000])
+    assert "cut.safetensors" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "cut.safetensors")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": os.system}))
+    assert "evil.pt" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "evil.pt")
+    weights = micro_vit().state_dict()
+    weights["head.bias"] = torch.full((10,), float("nan"))
+    save_file(weights, tmp_path / "nan.safetensors")
+    assert "not finite" in refused(tmp_path, "sweep", config, "--checkpoint", tmp_path / "nan.safetensors")
+
+
+def test_a_class_count_that_does_not_fit_the_head_is_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog", "owl"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for k in range(40):
+            pixels = rng.integers(0, 255, (28, 28), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{k}.png")
+    shares = {"name": "folder", "root": "images", "limit": None, "fit": 0.4, "target": 0.2, "select": 0.2, "test": 0.2}
+    config = written(tmp_path, dataset=shares)
+    assert "3" in refused(tmp_path, "plan", config)
