@@ -311,7 +311,7 @@ def relative(costs: NDArray[np.float64], table: CostTable, tree: PathTree) -> ND
     return costs / full
 
 
-class _KnownOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _KnownOperators(TorchDispatchMode):
     """Stops at an operator that neither `counter` counts nor `_WITHOUT_PRODUCTS` names.
 
     Entered before the counter, so that it sees operators after the counter has taken composite ones apart.

@@ -373,7 +373,7 @@ class TestThreshold:
 
 class TestBadInput:
     def test_costs_and_outcomes_must_be_aligned_with_the_tree(self) -> None:
-        with pytest.raises(ShapeMismatchError, match="final costs .* one cost a path"):
+        with pytest.raises(ShapeMismatchError, match=r"final costs .* one cost a path"):
             replace(DATA, final=DATA.final[1:])
         with pytest.raises(NumericError, match="every costs must be finite; found nan"):
             replace(DATA, every=np.where(np.arange(len(DATA.every)) == 2, np.nan, DATA.every))
@@ -386,7 +386,7 @@ class TestBadInput:
         tree = PathTree((2, 4), 2, (Path((2,)), Path((4,)), Path((2, 2)), Path((4, 2))))
         data = baseline_data(tree, select=5, test=5)
         for name in ("threshold", "random"):
-            with pytest.raises(InvalidPathError, match="path 4-4: .* lacks this one"):
+            with pytest.raises(InvalidPathError, match=r"path 4-4: .* lacks this one"):
                 BASELINES[name](data, PRICES)
 
     def test_a_tree_with_more_paths_than_choices_can_name_is_refused(self) -> None:

@@ -79,6 +79,15 @@ def test_choices_and_tables_that_disagree_are_refused() -> None:
         operating_points(three_images, np.zeros((3, 2), bool), np.ones(3))
 
 
+@pytest.mark.parametrize("images", [3, 7, 1000])
+def test_one_path_for_all_images_costs_exactly_what_the_path_does(images: int) -> None:
+    """A mean of equal costs may round; then a setting would lie beside the static point that it is."""
+    costs = np.array([0.1, 0.3, 1 / 3, 0.7])
+    choice = np.repeat(np.arange(4)[:, None], images, axis=1)
+    cost, _ = operating_points(decisions(choice), np.zeros((images, 4), bool), costs)
+    assert cost.tolist() == costs.tolist()
+
+
 @pytest.mark.parametrize("changed", [{"settings": ("one",)}, {"prices": (0.1,)}, {"prices": (None,) * 3}])
 def test_decisions_name_each_of_their_settings(changed: dict[str, Any]) -> None:
     with pytest.raises(ShapeMismatchError, match="m: "):
@@ -142,6 +151,26 @@ def test_the_time_shared_front_of_the_chosen_points_is_above_all_points(cloud: P
     assert (np.interp(cost, cost[chosen], accuracy[chosen]) >= accuracy - 1e-12).all()
 
 
+@given(clouds())
+def test_choosing_among_the_chosen_changes_nothing(cloud: Points) -> None:
+    cost, accuracy = cloud
+    chosen = choose_points(cost, accuracy)
+    assert choose_points(cost[chosen], accuracy[chosen]).tolist() == list(range(len(chosen)))
+
+
+def test_no_points_and_unequal_lengths_are_refused() -> None:
+    for cost, accuracy in ((np.zeros(0), np.zeros(0)), (np.zeros(2), np.zeros(3))):
+        with pytest.raises(ShapeMismatchError, match="one cost a point, at least one"):
+            choose_points(cost, accuracy)
+        with pytest.raises(ShapeMismatchError, match="one cost a point, at least one"):
+            pareto_mask(cost, accuracy)
+        with pytest.raises(ShapeMismatchError, match="one cost a point, at least one"):
+            cost_at_drop(cost, accuracy, 1.0, 0.1)
+        for measure in (lambda c, a: at_budgets(c, a, np.ones(1)), lambda c, a: hypervolume_per_image(c, a, 0.0)):
+            with pytest.raises(ShapeMismatchError, match="one cost a point, at least one"):
+                measure(cost, np.zeros((len(accuracy), 4), bool))
+
+
 # Budgets
 
 
@@ -203,6 +232,19 @@ def test_hypervolumes_of_closed_forms() -> None:
     assert hypervolume_per_image(np.array([2.0]), correct[1:], 0.2).tolist() == [0, 0]
 
 
+@given(answers(), st.randoms())
+def test_the_order_in_which_points_are_listed_does_not_matter(
+    answered: tuple[NDArray[np.float64], NDArray[np.bool_]], random: Any
+) -> None:
+    cost, correct = answered
+    order = np.array(random.sample(range(len(cost)), len(cost)))
+    budgets = np.linspace(0, 1.5, 7)
+    np.testing.assert_array_equal(at_budgets(cost[order], correct[order], budgets), at_budgets(cost, correct, budgets))
+    np.testing.assert_allclose(
+        hypervolume_per_image(cost[order], correct[order], 0.0), hypervolume_per_image(cost, correct, 0.0), atol=1e-12
+    )
+
+
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.2, 1.0), (float("nan"), 1.0)])
 def test_a_hypervolume_needs_room(low: float, high: float) -> None:
     with pytest.raises(ConfigError, match="hypervolume from cost"):
@@ -232,7 +274,26 @@ def test_the_cost_at_a_drop_of_a_closed_form() -> None:
     assert cost_at_drop(cost, accuracy, 0.95, 0.02) is None
 
 
+def test_a_drop_that_is_met_to_the_last_image_counts() -> None:
+    """Shares such as 0.93 - 0.02 and 0.91 differ in their last bits."""
+    for right in range(20, 1000, 7):
+        accuracy = np.array([0.01, right / 1000])
+        assert cost_at_drop(np.array([0.1, 0.5]), accuracy, (right + 20) / 1000, 0.02) == pytest.approx(0.5)
+
+
 # Intervals
+
+
+def test_the_bootstrap_equals_resampling_image_by_image() -> None:
+    """Slow reference: draw images, look each up, take the mean; also where the draws are counted in pieces."""
+    rows = np.random.default_rng(8).normal(size=(3, 40_001))
+    rng, means = np.random.default_rng(5), []
+    for _ in range(120):
+        drawn = rng.integers(0, rows.shape[1], size=rows.shape[1])
+        means.append([row[drawn].mean() for row in rows])
+    mean, low, high = paired_bootstrap(rows, resamples=120, seed=5, level=0.9)
+    np.testing.assert_allclose(mean, rows.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.05, 0.95], axis=0), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("right", "n"), [(30, 40), (5, 100), (940, 1000)])
@@ -313,6 +374,39 @@ def test_a_row_with_nothing_at_some_budget_stays_nothing() -> None:
     mean, low, high = paired_bootstrap(np.array([[np.nan, np.nan], [0.0, 1.0]]), resamples=50, seed=0)
     assert np.isnan([mean[0], low[0], high[0]]).all()
     assert np.isfinite([mean[1], low[1], high[1]]).all()
+
+
+def test_an_interval_does_not_depend_on_what_other_rows_there_are() -> None:
+    rows = np.random.default_rng(9).random((4, 120))
+    together = paired_bootstrap(rows, resamples=200, seed=3)
+    for k in range(4):
+        alone = paired_bootstrap(rows[k : k + 1], resamples=200, seed=3)
+        np.testing.assert_allclose([part[0] for part in alone], [part[k] for part in together], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "error"),
+    [(np.zeros(4), {}, ShapeMismatchError), (np.zeros((2, 0)), {}, ShapeMismatchError),
+     (np.ones((2, 3)), {"resamples": 0}, ConfigError), (np.ones((2, 3)), {"level": 1.0}, ConfigError),
+     (np.ones((2, 3)), {"level": float("nan")}, ConfigError),
+     (np.ones((2, 3)), {"differences": [True]}, ShapeMismatchError)],
+)  # fmt: skip
+def test_a_bootstrap_of_nothing_or_with_impossible_settings_is_refused(
+    values: NDArray[np.float64], settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="want"):
+        paired_bootstrap(values, **({"resamples": 10, "seed": 0} | settings))
+
+
+@given(st.integers(1, 400), st.sampled_from([0.8, 0.95, 0.99]), st.data())
+def test_the_ends_of_wilsons_interval_are_the_rates_that_the_score_test_just_accepts(
+    n: int, level: float, data: st.DataObject
+) -> None:
+    successes = data.draw(st.integers(1, n - 1) if n > 1 else st.just(1))
+    z = stats.norm.ppf((1 + level) / 2)
+    for rate in wilson_interval(successes, n, level):
+        if 0 < rate < 1:
+            assert abs(successes / n - rate) / np.sqrt(rate * (1 - rate) / n) == pytest.approx(z, rel=1e-6)
 
 
 @given(st.integers(1, 3000), st.data())

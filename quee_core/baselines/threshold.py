@@ -15,6 +15,7 @@ MEASURES = {"p_max": 1.0, "entropy": -1.0, "margin": 1.0}  # sign that makes mor
 MAX_ROUNDS = 50
 ROUNDING = 1e-9  # total losses closer than this are equal: they are sums of errors and prices in float64
 WORTH_MOVING = 1e-6  # total loss, in errors, that another price's thresholds must save: well above what rounding adds
+SAVING = 1e-3  # errors that the whole range of costs, on all images, is worth at least: so little that none is traded
 
 
 def threshold_exits(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
@@ -59,8 +60,8 @@ def tune_thresholds(
     Each threshold is found exactly, over all cuts between sorted confidences: first from the last exit backwards over
     all images, then over those that reach the exit, again and again until nothing changes. What was found for one price
     is then offered to all others, and improved there, until no price gains: that leaves few of the local optima that
-    the descent alone ends in. Of equally good cuts the one at which more images exit is taken, and the threshold lies
-    half way between the last image that exits and the first that goes on.
+    the descent alone ends in. At λ = 0 the cheapest of the equally accurate is looked for. A threshold lies half way
+    between the last image that exits and the first that goes on, among those that reach it.
     Raises ShapeMismatchError if the arrays disagree, NumericError for confidences that are not finite.
     """
     grid = check_prices(prices)
@@ -72,6 +73,7 @@ def tune_thresholds(
     if not np.isfinite(confidence).all():
         raise NumericError("confidences must be finite; check the uncertainty columns of the tables")
     problem = _Problem.of(confidence.astype(np.float64), errors.astype(np.float64), costs)
+    grid = np.maximum(grid, SAVING / (n * max(float(np.ptp(costs)), np.finfo(np.float64).tiny)))
     cuts = problem.descend(problem.induce(grid), grid)
     loss = problem.loss(cuts, grid)
     for _ in range(MAX_ROUNDS):
@@ -83,7 +85,13 @@ def tune_thresholds(
             break
         cuts[gain] = problem.descend(cuts[best[gain]], grid[gain])
         loss[gain] = problem.loss(cuts[gain], grid[gain])
-    return problem.thresholds(cuts)
+    for _ in range(MAX_ROUNDS):  # half way among those that reach it is elsewhere for those that might
+        thresholds = problem.thresholds(cuts)
+        centred = problem.cuts_at(thresholds)
+        cuts = problem.descend(centred, grid)
+        if np.array_equal(cuts, centred):
+            break
+    return thresholds
 
 
 def exits_taken(confidence: NDArray[np.floating], thresholds: NDArray[np.float64]) -> NDArray[np.int16]:
@@ -153,17 +161,29 @@ class _Problem:
         return error + prices * cost
 
     def thresholds(self, cuts: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Confidences that part the images that exit from those that go on, among those that are there."""
+        """Confidences half way between the images that exit and those that go on; float64 [policies, L - 1].
+
+        The images are those that come to the gate, or all where none does. -inf: all exit; inf: none does.
+        """
         reached = self._reached(cuts)
         found = np.empty(cuts.shape)
         for k in range(len(self.order)):
+            there = reached[k] | ~reached[k].any(axis=1, keepdims=True)
             surer = self.rank[k] < cuts[:, k, None]
-            lowest = np.where(reached[k] & surer, self.confidence[:, k], np.inf).min(axis=1)
-            highest = np.where(reached[k] & ~surer, self.confidence[:, k], -np.inf).max(axis=1)
-            finite = np.isfinite(lowest) & np.isfinite(highest)
-            found[:, k] = np.where(np.isfinite(lowest), highest, lowest)  # -inf: all exit; inf: none does
-            found[finite, k] = (lowest[finite] + highest[finite]) / 2
+            lowest = np.where(there & surer, self.confidence[:, k], np.inf).min(axis=1)
+            highest = np.where(there & ~surer, self.confidence[:, k], -np.inf).max(axis=1)
+            both = np.isfinite(lowest) & np.isfinite(highest)
+            found[:, k] = np.where(np.isfinite(lowest), -np.inf, np.inf)
+            found[both, k] = (lowest[both] + highest[both]) / 2
         return found
+
+    def cuts_at(self, thresholds: NDArray[np.float64]) -> NDArray[np.intp]:
+        """How many images are at least as sure as each threshold: what `thresholds` undoes; intp [policies, L - 1]."""
+        rising = np.sort(self.confidence, axis=0)
+        cuts = np.empty(thresholds.shape, np.intp)
+        for k in range(len(self.order)):
+            cuts[:, k] = len(rising) - np.searchsorted(rising[:, k], thresholds[:, k], side="left")
+        return cuts
 
     def _reached(self, cuts: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which images come to each exit, bool [L, policies, n]."""
@@ -175,16 +195,21 @@ class _Problem:
     def _backwards(
         self, cuts: NDArray[np.intp], prices: NDArray[np.float64], reached: NDArray[np.bool_]
     ) -> NDArray[np.intp]:
-        """The best cut of each gate, last gate first, given the new cuts behind it and the images that reach it."""
+        """The best cut of each gate, last gate first, given the new cuts behind it and the images that reach it.
+
+        A cut moves only for a gain: of equally good ones the present one stays, so that descent comes to an end.
+        """
         cuts = cuts.copy()
+        each = np.arange(len(prices))
         onward = self.errors[:, -1] + prices[:, None] * self.costs[-1]
         for k in reversed(range(len(self.order))):
             here = self.errors[:, k] + prices[:, None] * self.costs[k]
             saved = np.zeros((len(prices), len(here[0]) + 1))
             np.cumsum(((onward - here) * reached[k])[:, self.order[k]], axis=1, out=saved[:, 1:])
             saved = saved[:, self.ends[k]]
-            good = saved >= saved.max(axis=1, keepdims=True) - ROUNDING
-            cuts[:, k] = self.ends[k][good.shape[1] - 1 - good[:, ::-1].argmax(axis=1)]
+            best, present = saved.argmax(axis=1), np.searchsorted(self.ends[k], cuts[:, k])
+            gains = saved[each, best] > saved[each, present] + ROUNDING
+            cuts[gains, k] = self.ends[k][best[gains]]
             onward = np.where(self.rank[k] < cuts[:, k, None], here, onward)
         return cuts
 

@@ -99,8 +99,9 @@ class QuantConv2d(nn.Module):
         if integers.is_cuda:  # where a convolution may go by transforms with fractions in them, a product may not
             sums = self._by_columns(integers).float()
         else:
-            geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-            sums = functional.conv2d(integers, self.weight, **geometry).float()
+            sums = functional.conv2d(
+                integers, self.weight, stride=self.stride, padding=self.padding, dilation=self.dilation
+            ).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
 
     def _by_columns(self, integers: Tensor) -> Tensor:
