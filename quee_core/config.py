@@ -151,9 +151,9 @@ class PredictorConfig(Section):
 class PricesConfig(Section):
     """The λ grid: errors that one full path of compute is worth."""
 
-    lowest: float = Field(1e-3, gt=0)
-    highest: float = Field(3.0, gt=0)
-    count: int = Field(100, ge=1, le=10_000)
+    lowest: float = Field(1e-3, gt=0, description="Least price of the grid above 0.")
+    highest: float = Field(30.0, gt=0, description="High enough for the cheapest path to win.")
+    count: int = Field(120, ge=1, le=10_000, description="Prices of the grid, evenly spaced on a logarithmic scale.")
     values: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(None, description="An explicit grid instead.")
 
     @model_validator(mode="after")

@@ -324,9 +324,9 @@ class TestThreshold:
         pair = BASELINES["threshold"](DATA, PRICES)
         cost, accuracy = operating_points(pair.select, DATA.select.errors, pair.costs)
         for bits, (measure, sign) in itertools.product(TREE.bits, MEASURES.items()):
-            ladder = data_ladder = DATA.ladder(bits)
+            ladder = DATA.ladder(bits)
             confidence = sign * DATA.select.uncertainty[:, ladder[:-1], UNCERTAINTY.index(measure)].astype(np.float64)
-            errors = DATA.select.errors[:, data_ladder]
+            errors = DATA.select.errors[:, ladder]
             taken = exits_taken(confidence, tune_thresholds(confidence, errors, DATA.every[ladder], PRICES))
             error, paid = errors[np.arange(len(errors)), taken].mean(axis=1), DATA.every[ladder][taken].mean(axis=1)
             for k, price in enumerate(PRICES):

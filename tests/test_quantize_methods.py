@@ -66,9 +66,9 @@ def test_integers_have_as_many_levels_as_their_bits_allow(method: str, bits: int
     assert len(real(found.inputs, torch.linspace(-100, 100, 5001)).unique()) <= 2**bits
 
 
-def attention_samples(seed: int, sharpness: float) -> AttentionSamples:
+def attention_samples(seed: int, sharpness: float, tokens: int = 20) -> AttentionSamples:
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(6, 20, 8, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(6, tokens, 8, generator=generator) for _ in range(3))
     q, k = q * sharpness, k + 0.5
     ranges = {name: (float(x.min()), float(x.max())) for name, x in (("query", q), ("key", k), ("value", v))}
     return AttentionSamples(q, k, v, 8**-0.5, ranges)
@@ -93,8 +93,8 @@ def test_attention_by_mse_errs_less_than_by_minmax(bits: int, sharpness: float) 
     assert attention_error(by_error, samples) < attention_error(by_range, samples)
 
 
-def test_sharp_attention_gets_levels_of_unequal_steps() -> None:
-    found = quant_method("mse").attention(attention_samples(0, 4.0), 3)
+def test_attention_to_many_tokens_gets_levels_of_unequal_steps() -> None:
+    found = quant_method("mse").attention(attention_samples(0, 1.5, tokens=80), 4)
     assert isinstance(found.weights, Log2 | TwinUniform)
 
 

@@ -58,10 +58,11 @@ def tune_thresholds(
     ending at each exit. prices: [prices]. An image exits at the first exit whose confidence is at least the threshold.
 
     Each threshold is found exactly, over all cuts between sorted confidences: first from the last exit backwards over
-    all images, then over those that reach the exit, again and again until nothing changes. What was found for one price
-    is then offered to all others, and improved there, until no price gains: that leaves few of the local optima that
-    the descent alone ends in. At λ = 0 the cheapest of the equally accurate is looked for. A threshold lies half way
-    between the last image that exits and the first that goes on, among those that reach it.
+    all images, then over those that reach the exit, again and again until nothing changes. What was found for one
+    price, and exiting always at one exit, is then offered to all prices and improved there, until none gains: that
+    leaves few of the local optima that the descent alone ends in. At λ = 0 the cheapest of the equally accurate is
+    looked for. A threshold lies half way between the last image that exits and the first that goes on, among those
+    that reach it.
     Raises ShapeMismatchError if the arrays disagree, NumericError for confidences that are not finite.
     """
     grid = check_prices(prices)
@@ -76,14 +77,16 @@ def tune_thresholds(
     grid = np.maximum(grid, SAVING / (n * max(float(np.ptp(costs)), np.finfo(np.float64).tiny)))
     cuts = problem.descend(problem.induce(grid), grid)
     loss = problem.loss(cuts, grid)
+    fixed = problem.cuts_at(_fixed_exits(exits))
     for _ in range(MAX_ROUNDS):
-        error, cost = problem.points(cuts)
-        offered = error + grid[:, None] * cost  # [prices, whose cuts]
+        known = np.concatenate([cuts, fixed])
+        error, cost = problem.points(known)
+        offered = error + grid[:, None] * cost  # [prices, policies known]
         best = offered.argmin(axis=1)
         gain = np.flatnonzero(offered[np.arange(len(grid)), best] < loss - WORTH_MOVING / n)
         if not len(gain):
             break
-        cuts[gain] = problem.descend(cuts[best[gain]], grid[gain])
+        cuts[gain] = problem.descend(known[best[gain]], grid[gain])
         loss[gain] = problem.loss(cuts[gain], grid[gain])
     for _ in range(MAX_ROUNDS):  # half way among those that reach it is elsewhere for those that might
         thresholds = problem.thresholds(cuts)

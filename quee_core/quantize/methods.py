@@ -28,9 +28,11 @@ from quee_core.quantize.quantizers import (
 Error = Callable[[ActivationQuantizer], float]  # what a quantiser of a layer's input does to the layer's output
 
 FEW_BITS = 4  # up to which a level more, or where 0 lies, makes a difference
-SEARCHED_ROWS = 1024  # on which candidates are compared; whatever is fitted sees all samples
+MANY_BITS = 7  # from which clipping pays only where the largest values are rare
+SEARCHED_ROWS = 1024  # on which candidates of fewer bits are compared; whatever is fitted sees all samples
 CLIPS = tuple(0.8**k for k in range(14))  # shares of the observed range, from 1 down to 0.055
 SIDE_CLIPS = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of one end, relative to the best clip of both
+MANY_BITS_CLIPS = (1.0, 0.9, 0.8, 0.7)
 WEIGHT_CLIPS = tuple(1 - k / 40 for k in range(32))  # shares of the largest weight of a channel
 LOG2_OCTAVES = 14  # most of a softmax's octaves: with more, attention would no longer be exact in float32
 RIDGE = 0.1  # weight of the original weights, in units of the inputs' mean second moment
@@ -165,7 +167,8 @@ class LeastOutputError:
         return AttentionQuantizers(chosen_query, chosen_key, chosen_value, chosen_weights)
 
     def _inputs(self, weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
-        rows = samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
+        # rare values, which few rows would miss, are what decides at many bits
+        rows = samples.rows if bits >= MANY_BITS else samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
         gram = weight.T @ weight
 
         def error(candidate: ActivationQuantizer) -> float:
@@ -245,12 +248,13 @@ def _clipped_grid(weight: Tensor, bits: int, clip: float, *, odd: bool) -> Weigh
 
 
 def _best_range(seen: tuple[float, float], bits: int, error: Error) -> ActivationQuantizer:
-    """Clip both ends alike, then each by itself."""
+    """Clip both ends alike, then, at fewer than `MANY_BITS`, each by itself."""
+    if bits >= MANY_BITS:
+        return _least([Uniform.over(seen[0] * clip, seen[1] * clip, bits) for clip in MANY_BITS_CLIPS], error)
     kinds: tuple[type[Uniform] | type[Odd], ...] = (Uniform, Odd) if bits <= FEW_BITS else (Uniform,)
-    clips = CLIPS if bits < 8 else CLIPS[:5]
     best: list[tuple[float, ActivationQuantizer]] = []
     for kind in kinds:
-        _, clip = min((error(kind.over(seen[0] * clip, seen[1] * clip, bits)), clip) for clip in clips)
+        _, clip = min((error(kind.over(seen[0] * clip, seen[1] * clip, bits)), clip) for clip in CLIPS)
         low, high = seen[0] * clip, seen[1] * clip
         _, high = min((error(kind.over(low, high * share, bits)), high * share) for share in SIDE_CLIPS)
         least, low = min((error(kind.over(low * share, high, bits)), low * share) for share in SIDE_CLIPS)
@@ -279,7 +283,7 @@ def _softmax_quantizers(bits: int) -> Iterator[ActivationQuantizer]:
 
 def _two_sided(samples: LinearSamples, bits: int) -> Iterator[TwinUniform]:
     half = 2 ** (bits - 1)
-    for clip in CLIPS[:8]:
+    for clip in CLIPS[:8] if bits < MANY_BITS else MANY_BITS_CLIPS:
         for shift in range(1, 6):
             scale = to_scale(clip * samples.high / ((half - 1) << shift))
             if scale * half < -2 * samples.low:  # else the fine range would reach far beyond what there is
