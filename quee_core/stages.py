@@ -200,17 +200,27 @@ def grid_units(points: Sequence[GridPoint], tree: PathTree) -> list[GridUnit]:
     return [GridUnit(gate, tuple(group)) for gate in gates for group in grouped.values()]
 
 
+def grid_inputs_key(outcomes_key: str) -> str:
+    """Fingerprint of the outcomes and of the code that fits them.
+
+    Taken once, before units go out to threads: CPython 3.11's parser, which reads the code, fails in several at once.
+    """
+    return fingerprint([outcomes_key, code_version(_GRID_CODE)])
+
+
 def fit_unit(
-    unit: GridUnit, tree: PathTree, target: Outcomes, select: Outcomes, seed: int, store: Store, outcomes_key: str
+    unit: GridUnit, tree: PathTree, target: Outcomes, select: Outcomes, seed: int, store: Store, inputs_key: str
 ) -> tuple[list[GateFit], Work]:
-    """Fit a unit, or find its fits in the store; what was fitted is persisted at once (design, section 9)."""
+    """Fit a unit, or find its fits in the store; what was fitted is persisted at once (design, section 9).
+
+    inputs_key: what `grid_inputs_key` gives for the outcomes.
+    """
     key = fingerprint(
         {
-            "outcomes": outcomes_key,
+            "inputs": inputs_key,
             "gate": str(unit.gate),
             "points": [asdict(point) for point in unit.points],
             "seed": seed,
-            "code": code_version(_GRID_CODE),
         }
     )
     data = store.get_artefact("gate-fits", key)

@@ -15,7 +15,7 @@ from quee_core.config import SweepConfig
 from quee_core.grid import GateFit, grid_points
 from quee_core.paths import PathTree
 from quee_core.record import StageTiming
-from quee_core.stages import GridUnit, Work, fit_unit, grid_units
+from quee_core.stages import GridUnit, Work, fit_unit, grid_inputs_key, grid_units
 from quee_core.store import Store
 from quee_core.tables import Outcomes
 from tasks.progress import advance, stage
@@ -40,7 +40,7 @@ def predict_grid(
             folders=folders,
             seed=sweep.seed,
             store=sweep.run.store,
-            outcomes_key=outcomes_key,
+            inputs_key=grid_inputs_key(outcomes_key),
             pure=False,
         )
         for _, (found, done) in as_completed(pending, with_results=True):
@@ -51,11 +51,11 @@ def predict_grid(
 
 
 def _fit(
-    unit: GridUnit, *, tree: PathTree, folders: dict[str, FilePath], seed: int, store: str, outcomes_key: str
+    unit: GridUnit, *, tree: PathTree, folders: dict[str, FilePath], seed: int, store: str, inputs_key: str
 ) -> tuple[list[GateFit], Work]:
     """Runs in a worker: the features are mapped from disk there, not shipped."""
-    target, select = (_mapped(folders[split], outcomes_key) for split in ("target", "select"))
-    return fit_unit(unit, tree, target, select, seed, Store.open(store), outcomes_key)
+    target, select = (_mapped(folders[split], inputs_key) for split in ("target", "select"))
+    return fit_unit(unit, tree, target, select, seed, Store.open(store), inputs_key)
 
 
 @lru_cache(maxsize=4)

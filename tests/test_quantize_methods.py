@@ -42,6 +42,7 @@ def linear_error(method: str, weight: Tensor, rows: Tensor, fresh: Tensor, bits:
 def test_mse_errs_less_than_minmax_on_new_inputs(bits: int, gelu: bool) -> None:
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)) / 6
     rows = with_outliers(3000, 32, 2)
+    rows[7] *= 4  # a rare large input
     rows = torch.nn.functional.gelu(rows) if gelu else rows
     seen, fresh = rows[:2000], rows[2000:]
     assert linear_error("mse", weight, seen, fresh, bits) < linear_error("minmax", weight, seen, fresh, bits)
@@ -90,7 +91,8 @@ def test_attention_by_mse_errs_less_than_by_minmax(bits: int, sharpness: float) 
     samples = attention_samples(bits, sharpness)
     by_range = quant_method("minmax").attention(samples, bits)
     by_error = quant_method("mse").attention(samples, bits)
-    assert attention_error(by_error, samples) < attention_error(by_range, samples)
+    assert attention_error(by_error, samples) <= attention_error(by_range, samples)
+    assert bits == 8 or by_error != by_range
 
 
 def test_attention_to_many_tokens_gets_levels_of_unequal_steps() -> None:

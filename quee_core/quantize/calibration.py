@@ -137,7 +137,7 @@ def calibrate(
     backbone runs over them once, and what its layers are given is sampled on the way; each layer is then judged by
     itself. 32 among `bits`, or as `edge_bits`, needs no quantisers.
     Raises NumericError that names a layer with values that are not finite, QuantizationError for an unknown method or
-    bit-width, no images, or a kind of layer that cannot be quantised.
+    bit-width, no images, a backbone in training mode, or a kind of layer that cannot be quantised.
     """
     chosen = quant_method(method)
     if unknown := [b for b in (*bits, edge_bits) if b not in BIT_WIDTHS]:
@@ -145,6 +145,8 @@ def calibrate(
     given = images if isinstance(images, Tensor) else torch.cat([*images])
     if not len(given):
         raise QuantizationError("calibration: no images")
+    if backbone.training:
+        raise QuantizationError("calibration: the backbone must be in evaluation mode; call its eval() first")
     inner, edge = sorted({*bits} - {FULL_PRECISION}), sorted({edge_bits} - {FULL_PRECISION})
     layers: dict[int, dict[str, LayerQuantizers]] = {width: {} for width in sorted({*inner, *edge})}
     with torch.inference_mode():
