@@ -20,7 +20,8 @@ def pack(arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any], *, kin
 
     The same contents give the same bytes. `kind` says what the archive is, and is checked when it is read.
     """
-    header = {"kind": kind, "settings": json.dumps(settings, sort_keys=True)}
+    # one entry: safetensors writes several in no fixed order
+    header = {"quee": json.dumps({"kind": kind, "settings": settings}, sort_keys=True)}
     return bytes(save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}, metadata=header))
 
 
@@ -29,10 +30,10 @@ def unpack(data: bytes, *, kind: str) -> tuple[Arrays, dict[str, Any]]:
     try:
         arrays: Arrays = load(data)
         (length,) = struct.unpack_from("<Q", data)  # safetensors: header length, then the header as JSON
-        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["quee"])
         if header["kind"] != kind:
             raise DamagedTableError(f"archive of kind {header['kind']!r} where {kind!r} is wanted")
-        settings: dict[str, Any] = json.loads(header["settings"])
+        settings: dict[str, Any] = header["settings"]
     except (SafetensorError, ValueError, KeyError, struct.error) as error:
         raise DamagedTableError(f"not an archive of {kind!r} that quee wrote: {error}") from None
     return arrays, settings

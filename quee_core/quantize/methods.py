@@ -122,7 +122,7 @@ class MinMax:
 class LeastOutputError:
     """Ranges, kinds and weights of least squared error of the layer's output.
 
-    Inputs: the ends of the range by a grid search; below `FEW_BITS` also with levels astride 0, behind a GELU also with
+    Inputs: the ends of the range by a grid search; up to `FEW_BITS` also with levels astride 0, behind a GELU also with
     a range for each side, for a softmax also twin ranges and powers of two. Weights: those of least error on the
     *quantised* inputs (ridge regression towards the original ones), clipped per output channel, then rounded one
     input at a time, each time moving what is not yet rounded so that it makes up for the error [GPTQ, arXiv
