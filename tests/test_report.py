@@ -115,9 +115,13 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Every address asked for since the last call, but for inline data."""
+        """Every address that a page asked for since the last call, but for inline data.
+
+        The tab that Chromium opens at its start is a page of its own, and may still be loading.
+        """
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        urls = [a["request"]["url"] for a in asked if not a["documentURL"].startswith("chrome://")]
         return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
 

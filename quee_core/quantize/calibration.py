@@ -142,9 +142,10 @@ def calibrate(
     chosen = quant_method(method)
     if unknown := [b for b in (*bits, edge_bits) if b not in BIT_WIDTHS]:
         raise QuantizationError(f"calibration: bit-widths {unknown} are not among {list(BIT_WIDTHS)}")
-    given = images if isinstance(images, Tensor) else torch.cat([*images])
-    if not len(given):
+    batches = [images] if isinstance(images, Tensor) else [*images]
+    if not sum(map(len, batches)):
         raise QuantizationError("calibration: no images")
+    given = torch.cat(batches)
     if backbone.training:
         raise QuantizationError("calibration: the backbone must be in evaluation mode; call its eval() first")
     inner, edge = sorted({*bits} - {FULL_PRECISION}), sorted({edge_bits} - {FULL_PRECISION})

@@ -14,7 +14,8 @@ from quee_core.errors import NumericError
 from quee_core.quantize.methods import AttentionSamples, LinearSamples
 
 KEPT_ROWS = 8192  # of each linear layer's inputs, out of all tokens of all images
-KEPT_SCORES = 2**18  # attention weights that are kept of each layer, as whole images
+KEPT_IMAGES = 16  # whose attention is kept of each layer
+KEPT_SCORES = 2**18  # attention weights among them at most; where all would be more, evenly spaced queries are kept
 TOGETHER = 32  # images that run at a time
 
 Samples = LinearSamples | AttentionSamples
@@ -111,10 +112,11 @@ def _attention_hook(
         images, tokens, _ = output.shape
         parts = output.float().view(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
         normed = attention.q_norm(parts[0]), attention.k_norm(parts[1]), parts[2]
-        of_one = attention.num_heads * tokens**2
-        room = KEPT_SCORES // of_one - sum(len(part) for part in operands["query"].kept) // attention.num_heads
+        room = max(KEPT_IMAGES - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
+        step = -(-KEPT_IMAGES * attention.num_heads * tokens**2 // KEPT_SCORES)
         for (operand, seen), values in zip(operands.items(), normed, strict=True):
-            seen.add(values, values[: max(room, 0)].flatten(0, 1), f"{name} ({operand})")
+            kept = values[:room].flatten(0, 1)
+            seen.add(values, kept[:, ::step] if operand == "query" else kept, f"{name} ({operand})")
 
     def samples() -> Samples:
         query, key, value = (torch.cat(seen.kept) for seen in operands.values())

@@ -3,11 +3,13 @@
 The operands of every product are integers held in float32. Their sums stay below 2^24 in magnitude, so they are exact
 in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
 on threads or BLAS. Where the sums of a layer could grow beyond that, they are taken in two halves, or in float64,
-which is exact up to 2^53, and then rounded to float32 once. One pass brings the integers back to real values,
-accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations that treat
-every element alike, wherever in a tensor it stands (`SteadyActivation`).
+which is exact up to 2^53, and then rounded to float32 once. A CPU that multiplies int8 fast takes integers that fit a
+byte as such, into int32: the same bits, in about a quarter of the time. One pass brings the integers back to real
+values, accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations that
+treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,7 +22,7 @@ from torch.nn import functional
 
 from quee_core.errors import QuantizationError
 from quee_core.quantize.methods import AttentionQuantizers
-from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, to_float32
+from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, Uniform, to_float32
 
 # Elements of the tokens that go through a part together, for each thread: few enough for what a block makes of them to
 # stay in the cache, and enough that starting operations costs little. Three times as many or as few are slower.
@@ -38,6 +40,8 @@ class QuantLinear(nn.Module):
     weight_scale: Tensor
     scale: Tensor
     bias: Tensor
+    bytes: Tensor
+    offset: Tensor
 
     def __init__(self, integers: Tensor, weight_scale: Tensor, bias: Tensor, inputs: ActivationQuantizer) -> None:
         """integers: int8 [out, in]; weight_scale, bias: float32 [out]."""
@@ -49,6 +53,11 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", weight_scale.clone())
         self.register_buffer("scale", weight_scale * inputs.scale)
         self.register_buffer("bias", bias.clone())
+        self.shift = _shift_to_bytes(inputs) if has_byte_products() and self.in_features > 1 else None
+        if self.shift is not None:
+            offset = integers.sum(dim=1, dtype=torch.int32) * self.shift
+            self.register_buffer("bytes", integers.to(torch.int8).T.contiguous(), persistent=False)
+            self.register_buffer("offset", offset, persistent=False)
 
     def integers(self) -> Tensor:
         """The weight as int8 [out, in]."""
@@ -57,7 +66,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         integers = self.inputs.integers(x)
-        if self.parts == 1:
+        if self.shift is not None and x.device.type == "cpu":
+            sums = self._by_bytes(integers, self.shift)
+        elif self.parts == 1:
             sums = functional.linear(integers, self.weight)
         elif self.parts == 2:  # each exact, so that their sum is rounded once, as the integer would be
             half = self.in_features // 2
@@ -66,6 +77,14 @@ class QuantLinear(nn.Module):
         else:
             sums = functional.linear(integers.double(), self.weight).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
+
+    def _by_bytes(self, integers: Tensor, shift: int) -> Tensor:
+        if shift:
+            integers.sub_(shift)
+        sums = torch._int_mm(integers.to(torch.int8).reshape(-1, self.in_features), self.bytes)
+        if shift:
+            sums.add_(self.offset)
+        return sums.float().view(*integers.shape[:-1], self.out_features)
 
 
 class QuantConv2d(nn.Module):
@@ -242,6 +261,28 @@ _SHARES: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = MappingProxyType
         Swish: _sigmoid,
     }
 )
+
+
+@functools.cache
+def has_byte_products() -> bool:
+    """Whether this CPU multiplies matrices of int8 exactly and fast, which takes its VNNI instructions.
+
+    Without them `torch._int_mm` is slow, and in some releases sums overflowed; so it is tried once on the largest sums.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    rows, columns = torch.full((33, 256), -128, dtype=torch.int8), torch.full((256, 48), 127, dtype=torch.int8)
+    rows[::2] = 127
+    return torch.equal(torch._int_mm(rows, columns).long(), rows.long() @ columns.long())
+
+
+def _shift_to_bytes(inputs: ActivationQuantizer) -> int | None:
+    """What to take off integers of `inputs` for an int8 to hold them; None if it cannot."""
+    if inputs.largest <= 127:
+        return 0
+    if isinstance(inputs, Uniform) and inputs.high - inputs.low <= 255:
+        return inputs.low + 128
+    return None
 
 
 def _exact_parts(integers: Tensor, inputs: ActivationQuantizer) -> int:

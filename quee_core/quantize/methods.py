@@ -50,7 +50,7 @@ class LinearSamples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSamples:
-    """Operands of attention: query, key, value float32 [m, t, head_dim], one matrix for each image and head.
+    """Operands of attention, one matrix for each image and head: query [m, q, head_dim], key, value [m, t, head_dim].
 
     scale: of the scores, before the softmax. ranges: least and largest value that was seen, by operand.
     """
@@ -169,11 +169,13 @@ class LeastOutputError:
     def _inputs(self, weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
         # rare values, which few rows would miss, are what decides at many bits
         rows = samples.rows if bits >= MANY_BITS else samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
-        gram = weight.T @ weight
+        narrows = len(weight) < weight.shape[1]  # then the outputs are fewer than the inputs, and cheaper to find
+        through = weight.T if narrows else weight.T @ weight
 
         def error(candidate: ActivationQuantizer) -> float:
             wrong = real(candidate, rows).sub_(rows)
-            return float((wrong @ gram).mul_(wrong).sum())
+            after = wrong @ through
+            return float(after.mul_(after if narrows else wrong).sum())
 
         best = _best_range((samples.low, samples.high), bits, error)
         if -samples.high / 4 < samples.low < 0:  # as behind a GELU

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quee_core.errors import QuantizationError
 
@@ -141,14 +142,13 @@ class TwinUniform:
     def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Fine or coarse integers, in steps of the fine scale, float32 of the shape of `x`."""
         fine = torch.mul(x, _inverse(self.scale), out=out)
-        coarse = torch.mul(fine, 2.0**-self.shift)
         if self.fine_high == 0:  # the ranges meet at 0, so an integer is the sum of its parts in both
-            coarse.round_().clamp_(0, self.coarse_high)
+            coarse = torch.mul(fine, 2.0**-self.shift).round_().clamp_(0, self.coarse_high)
             return fine.round_().clamp_(self.fine_low, 0).add_(coarse, alpha=1 << self.shift)
-        is_coarse = fine > (self.fine_high + (1 << self.shift)) / 2
-        coarse.round_().clamp_(1, self.coarse_high).mul_(1 << self.shift)
-        fine.round_().clamp_(self.fine_low, self.fine_high)
-        return torch.where(is_coarse, coarse, fine, out=fine)
+        # the larger part counts, once what is nearer to the fine range has no part in the coarse one
+        coarse = functional.threshold(fine, (self.fine_high + (1 << self.shift)) / 2, 0.0)
+        coarse.mul_(2.0**-self.shift).round_().clamp_(max=self.coarse_high).mul_(1 << self.shift)
+        return torch.maximum(fine.round_().clamp_(self.fine_low, self.fine_high), coarse, out=fine)
 
 
 @dataclass(frozen=True, slots=True)
