@@ -286,8 +286,23 @@ def test_measured_time_of_real_pieces_fills_the_same_table() -> None:
     }
     assert len(asked) == len(set(asked))
     assert (table.unit, table.batch_size, table.bits, table.gates) == ("milliseconds", 16, (4, 8), (0.0, 0.0))
-    assert all(one < three for one, three in table.segments.values())  # blocks in the two segments
+    assert all(cost > 0 for row in table.segments.values() for cost in row)
     assert full_cost(table, PathTree.of((4, 8), 2, "uniform")) > 0
+
+
+def test_each_piece_gets_its_own_time() -> None:
+    def seconds(piece: Piece) -> float:
+        return {"stem": 0.001, "segment": 0.01 * piece.index * piece.bits / 4, "head": 0.03 * piece.index}[piece.kind]
+
+    table = measured_table(
+        lambda piece: lambda: time.sleep(seconds(piece)), bits=(4, 8), depth=2, batch_size=1, repeats=3, warm_up=0
+    )
+    # a sleep never ends early, so a time that landed in a dearer piece's place would be too short
+    for bits in (4, 8):
+        for k in (1, 2):
+            assert table.segments[bits][k - 1] >= 1e3 * seconds(Piece("segment", k, bits))
+    assert all(cost >= 1e3 * seconds(Piece("head", k, 8)) for k, cost in enumerate(table.heads, 1))
+    assert table.stem >= 1e3 * seconds(Piece("stem", 0, 8))
 
 
 def test_measured_time_is_the_median_per_image_after_warm_up() -> None:
