@@ -112,8 +112,7 @@ def test_rounding_in_turn_errs_no_more_than_rounding_to_nearest(seed: int, bits:
         wrong = integers * grid.scale[:, None] - weight
         return float(((wrong @ moment) * wrong).sum())
 
-    # a greedy order may lose a little where two inputs are hardly correlated
-    assert error(round_in_turn(weight, grid, moment)) <= 1.05 * error(grid.integers(weight))
+    assert error(round_in_turn(weight, grid, moment)) <= (1 + 1e-5) * error(grid.integers(weight))
 
 
 def test_rounding_in_turn_is_the_plain_algorithm() -> None:

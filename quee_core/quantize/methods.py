@@ -189,7 +189,8 @@ class LeastOutputError:
 def round_in_turn(weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
     """Integers, as float32, of weight [out, in], that err little on inputs of second moment [in, in].
 
-    Input by input, in order of falling second moment; the error of each moves the weights of the inputs to come.
+    Input by input, in order of falling second moment; the error of each moves the weights of the inputs to come. A row
+    that errs less when every weight is just rounded to the nearest level stays so.
     """
     size = len(moment)
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
@@ -206,7 +207,16 @@ def round_in_turn(weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
             errors[:, k - start] = (left[:, k] - integers[:, k] * grid.scale) / factor[k, k]
             left[:, k + 1 : end] -= errors[:, k - start, None] * factor[k, k + 1 : end]
         left[:, end:] -= errors @ factor[start:end, end:]
-    return integers[:, torch.argsort(order)]
+    in_turn, nearest = integers[:, torch.argsort(order)], grid.integers(weight)
+    # going in turn is greedy: for a row of few inputs it can do worse than not looking ahead
+    worse = _row_errors(in_turn, weight, grid, moment) > _row_errors(nearest, weight, grid, moment)
+    return torch.where(worse[:, None], nearest, in_turn)
+
+
+def _row_errors(integers: Tensor, weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
+    """(ŵ - w) E[x xᵀ] (ŵ - w)ᵀ of each row of weight [out, in]; float32 [out]."""
+    wrong = integers * grid.scale.to(weight.device)[:, None] - weight
+    return (wrong @ moment).mul_(wrong).sum(dim=1)
 
 
 def _ridge(weight: Tensor, covariance_left: Tensor, moment: Tensor) -> Tensor:
