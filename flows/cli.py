@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quee_core import __version__
-from quee_core.errors import QueeError
+from quee_core.errors import ConfigError, QueeError
 from quee_core.record import SweepRecord
 from quee_core.runs import make_folder
 
@@ -148,17 +148,50 @@ def report(
 ) -> None:
     """Print a finished run's front and write its report anew."""
     from quee_core.report.page import render
-    from quee_core.runs import find_record, report_path
+    from quee_core.runs import find_record, report_path, write_text
 
     record, folder = find_record(run, runs)
     page = report_path(folder)
-    page.write_text(render(record), "utf-8")
+    write_text(page, render(record))
     if as_json:
         typer.echo(record.model_dump_json(indent=2))
         return
     console = Console()
     print_record(record, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@reporting_faults
+def route(
+    run: Annotated[str, typer.Argument(help="Name of a run, or the path of its router folder.", metavar="RUN")],
+    images: Annotated[list[Path], typer.Argument(help="Image files to answer.", metavar="IMAGE...")],
+    price: Annotated[
+        float | None, typer.Option("--price", help="λ: how many errors one full path is worth; 0 buys all accuracy.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Mean relative cost not to exceed, instead of --price. Default 1.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images that go through the network together.")] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Answer IMAGEs with a finished run's router: label, probability, the path that each one took, its cost."""
+    from flows.routing import print_answers, route_files
+    from quee_core.deployment import load_router
+    from quee_core.plan import choose_device
+    from quee_core.runs import find_router
+
+    if price is not None and budget is not None:
+        raise ConfigError("--price and --budget: give one of the two")
+    deployed = load_router(find_router(run, runs), choose_device(device))
+    chosen = deployed.price_for(1.0 if budget is None else budget) if price is None else price
+    answers = list(route_files(deployed, images, chosen, batch))
+    if as_json:
+        typer.echo(json.dumps([answer.as_dict() for answer in answers], indent=2))
+    else:
+        print_answers(answers, chosen, Console())
 
 
 @app.command()

@@ -36,7 +36,7 @@ def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the de
     timings = [calibrate(sweep), train_heads(sweep), extract_all(sweep)]
     folders, key, assembled = assemble_outcomes(sweep, folder / "outcomes")
     fits, fitted = predict_grid(sweep, folders, key)
-    record = evaluate(sweep, folders, fits, key, [*timings, assembled, fitted])
+    record = evaluate(sweep, folders, fits, key, [*timings, assembled, fitted], folder)
     report = write_report(record, folder)
     track(sweep, record, folder, report)
     get_run_logger().info("report: %s", report)

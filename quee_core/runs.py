@@ -1,20 +1,26 @@
 """Finished runs on disk: a folder for each, with its record and its report."""
 
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from quee_core.errors import ConfigError, StoreError, did_you_mean
 from quee_core.record import SweepRecord
+from quee_core.whole_files import disk_faults, whole_file
 
 RECORD = "record.json"
 REPORT = "report.html"
+ROUTER = "router"
 
 
 def report_path(folder: Path) -> Path:
     """Where a run's report lies."""
     return folder / REPORT
+
+
+def router_folder(folder: Path) -> Path:
+    """Where a run's deployable router lies."""
+    return folder / ROUTER
 
 
 def make_folder(path: Path) -> None:
@@ -27,17 +33,8 @@ def make_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder. Raises StoreError for a full or read-only disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}); free the disk or name another folder"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with disk_faults(path, "written"), whole_file(path) as file:
+        file.write(text.encode())
 
 
 def write_record(record: SweepRecord, folder: Path) -> Path:
@@ -57,6 +54,19 @@ def read_record(path: Path) -> SweepRecord:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise StoreError(f"{path}: not a record of this version of quee: {place}: {first['msg']}") from None
+
+
+def find_router(run: str, runs: Path) -> Path:
+    """The router folder of a run given by name or folder, or that folder itself.
+
+    Raises ConfigError with near names if there is none.
+    """
+    for candidate in (Path(run), Path(run) / ROUTER, runs / run / ROUTER):
+        if (candidate / "router.json").is_file():
+            return candidate
+    known = [path.parent.parent.name for path in runs.glob(f"*/{ROUTER}/router.json")]
+    hint = did_you_mean(run, known) if known else f"{runs} holds no router; `quee sweep` writes one for each run"
+    raise ConfigError(f"run {run!r}: no router in {runs}; {hint}")
 
 
 def find_record(run: str, runs: Path) -> tuple[SweepRecord, Path]:

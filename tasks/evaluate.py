@@ -6,14 +6,15 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.deployment import export_winner
 from quee_core.evaluation import PricedTree
 from quee_core.gate_costs import gate_bitops, gate_milliseconds
 from quee_core.grid import GateFit, GridPoint, grid_points
 from quee_core.plan import WALKED
-from quee_core.policy import GatePolicy, policy_to_bytes
+from quee_core.policy import GatePolicy
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.report.page import render
-from quee_core.runs import report_path, write_record, write_text
+from quee_core.runs import report_path, router_folder, write_record, write_text
 from quee_core.stages import costs_of, device_name, outcomes_of, stored_floats
 from quee_core.summary import choose_winner, summarise
 from quee_core.tables import Outcomes
@@ -40,11 +41,16 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[dict[str, F
 
 @task(task_run_name="evaluate-{sweep.name}", cache_policy=NO_CACHE)
 def evaluate(
-    sweep: SweepConfig, folders: dict[str, FilePath], fits: list[GateFit], key: str, timings: list[StageTiming]
+    sweep: SweepConfig,
+    folders: dict[str, FilePath],
+    fits: list[GateFit],
+    key: str,
+    timings: list[StageTiming],
+    folder: FilePath,
 ) -> SweepRecord:
-    """Choose the winner on `select`, measure it and every baseline on `test`, and write the record."""
+    """Choose the winner on `select`, measure it and every baseline on `test`, export its router below `folder`."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
-    network, exits, _ = network_for(sweep)
+    network, exits, calibration = network_for(sweep)
     target, select, test = (Outcomes.load(folders[split]) for split in WALKED)
     with stage("evaluate", 3, "steps") as work:
         tables = costs_of(plan, store, network, exits, device)
@@ -66,12 +72,12 @@ def evaluate(
             return bitops(policy) if sweep.cost.unit == "bitops" else milliseconds(point, policy)
 
         winner = choose_winner(grid_points(sweep), fits, priced, select, sweep.prices.grid(), gate_costs)
-        store.put_artefact("policy", key, policy_to_bytes(winner.policy))
         advance("evaluate", 1)
         gates = (bitops(winner.policy), milliseconds(winner.point, winner.policy))
         record = summarise(
             plan, exits, tables, winner, gates, priced, (target, select, test), timings, device_name(device)
         )
+        export_winner(plan, calibration, exits, winner, record, router_folder(folder))
         work.count(computed=1)
         advance("evaluate", 1)
     return record.model_copy(update={"timings": (*record.timings, work.timing())})

@@ -143,6 +143,28 @@ def load_backbone(
     return LoadedBackbone(segment(model, cuts, name), preprocessing, weights_fingerprint(model), class_names)
 
 
+def blank_backbone(
+    name: str, *, exits: Sequence[int], num_classes: int, image_size: tuple[int, int]
+) -> SegmentedBackbone:
+    """The architecture `name` cut at `exits`, its weights to be loaded: what a deployed router is put together from.
+
+    num_classes: classes of its head, 0 for none. image_size: (height, width) in pixels. In evaluation mode, without
+    gradients. Raises BackboneError for a name that is not known here, or exits that do not cut it.
+    """
+    entry = BACKBONES.get(name)
+    if entry is not None:
+        model: Any = micro_vit(**{**entry.model_args, "num_classes": num_classes, "img_size": image_size[0]})
+    else:
+        _published(name)
+        options: dict[str, Any] = {"num_classes": num_classes, "dynamic_img_size": False}
+        usual: Any = check_segmentable(timm.create_model(name, device="meta", **options), name)
+        if tuple(usual.patch_embed.img_size) != tuple(image_size):
+            options["img_size"] = image_size
+        model = timm.create_model(name, **options)
+    model.eval().requires_grad_(False)
+    return segment(model, exits, name)
+
+
 def _own_model(
     name: str,
     entry: BackboneEntry,

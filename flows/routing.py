@@ -1,0 +1,64 @@
+"""Image files through a deployed router, and its answers in a terminal."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from quee_core.data.decoding import decode
+from quee_core.deployment import DeployedRouter
+from quee_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class FileAnswer:
+    """What the router says of one file. path: bit-widths of the segments that ran. cost: relative to the full path."""
+
+    file: str
+    label: str
+    probability: float
+    path: str
+    cost: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields by name."""
+        return asdict(self)
+
+
+def route_files(deployed: DeployedRouter, files: Sequence[Path], price: float, batch: int) -> Iterator[FileAnswer]:
+    """Answer `files` in their order, `batch` at a time. Raises DataError that names a file that is no image."""
+    names = deployed.manifest.class_names
+    paths = deployed.router.policy.tree.paths
+    for start in range(0, len(files), batch):
+        together = files[start : start + batch]
+        routed = deployed.router(torch.stack([deployed.preprocess(decode(_read(f), str(f))) for f in together]), price)
+        for k, file in enumerate(together):
+            label = int(routed.label[k])
+            yield FileAnswer(
+                str(file), names[label], float(routed.probabilities[k, label]), str(paths[routed.path[k]]),
+                float(routed.cost[k]),
+            )  # fmt: skip
+
+
+def print_answers(answers: Sequence[FileAnswer], price: float, console: Console) -> None:
+    """A table on a terminal, tab-separated lines elsewhere."""
+    if not console.is_terminal:
+        for a in answers:
+            line = f"{a.file}\t{a.label}\t{a.probability:.4f}\t{a.path}\t{a.cost:.4f}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return
+    table = Table("file", "label", "probability", "path", "cost", title=f"λ = {price:.4g}")
+    for a in answers:
+        table.add_row(a.file, a.label, f"{a.probability:.3f}", a.path, f"{a.cost:.3f}")
+    console.print(table)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); give an image file") from None
