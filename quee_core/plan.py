@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path as FilePath
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
     loaded = load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
-        checkpoint=config.backbone.checkpoint,
+        checkpoint=_checkpoint_of(config),
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
@@ -187,6 +188,15 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r}: not supported; want auto, cpu, cuda or cuda:N")
     return device
+
+
+def _checkpoint_of(config: SweepConfig) -> FilePath | None:
+    """The weights file: a relative path counts from the working folder, and if it is not there from `dataset.root`."""
+    given, root = config.backbone.checkpoint, config.dataset.root
+    if given is None or root is None or given.is_absolute() or given.exists():
+        return given
+    below = root / given
+    return below if below.exists() else given
 
 
 def _first(selections: tuple[Selection, ...], count: int) -> tuple[Selection, ...]:

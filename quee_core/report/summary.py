@@ -117,7 +117,8 @@ def _budget_sentence(counts: dict[Outcome, int]) -> str:
     if not total:
         return "No budget could be compared."
     return (
-        f"Of {total} budgets, each against the best baseline at that very cost: better at {counts['better']}, "
+        f"Of {total} budgets, each against whichever baseline is best on these test images at that very cost: "
+        f"better at {counts['better']}, "
         f"undecided at {counts['undecided']}, worse at {counts['worse']}."
     )
 

@@ -1,0 +1,41 @@
+"""What a sweep resolves to before anything is computed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from quee_core.backbones.micro_vit import micro_vit
+from quee_core.errors import CheckpointError
+from quee_core.plan import resolve
+from tests.conftest import small_config
+
+
+def folder_of_images(root: Path, classes: int, images: int) -> Path:
+    rng = np.random.default_rng(0)
+    for name in range(classes):
+        (root / f"class{name}").mkdir(parents=True)
+        for k in range(images):
+            Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(root / f"class{name}" / f"{k}.png")
+    return root
+
+
+def test_a_relative_checkpoint_is_looked_for_below_the_data_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, elsewhere = folder_of_images(tmp_path / "data", 3, 60), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    sections = {
+        "dataset": {"name": "folder", "root": str(data), "limit": 50, "fit": 0.3, "target": 0.3, "select": 0.2,
+                    "test": 0.2, "trained_on": "none"},
+        "backbone": {"name": "micro_vit_fashion_mnist", "checkpoint": "own.safetensors", "num_classes": 3},
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"own\.safetensors: no such"):
+        resolve(small_config(tmp_path, **sections))
+    save_file(micro_vit(num_classes=3).state_dict(), data / "own.safetensors")
+    below = resolve(small_config(tmp_path, **sections)).loaded.fingerprint
+    save_file(micro_vit(num_classes=3).state_dict(), elsewhere / "own.safetensors")
+    assert resolve(small_config(tmp_path, **sections)).loaded.fingerprint != below
