@@ -108,6 +108,9 @@ class HeadsConfig(Section):
         description="Precisions the heads are trained on, besides 32; by default paths.bits. "
         "Fix it, and a sweep with one more bit-width reuses all tables of the others.",
     )
+    images: int = Field(
+        20_000, ge=50, description="At most this many images of `fit`; their features are cached on disk meanwhile."
+    )
     epochs: int = Field(30, ge=1, description="Passes over the cached features.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
     weight_decay: float = Field(0.05, ge=0)

@@ -1,10 +1,13 @@
 """The walk: one pass over the images fills every cell of a path tree, each segment once per distinct prefix."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path as FilePath
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quee_core.data.loading import Batch
@@ -53,27 +56,48 @@ def uniform_pooled_tokens(
     batches: Iterable[Batch],
     bits: Sequence[int],
     *,
+    images: int,
+    scratch: FilePath,
     on_images: OnImages = ignore_progress,
-) -> tuple[dict[int, list[Tensor]], np.ndarray]:
+) -> tuple[dict[int, list[Tensor]], NDArray[np.int64]]:
     """Pooled tokens at every exit along each uniform path: what heads and PCA are fitted on.
 
-    Returns, per bit-width, a float32 CPU tensor [n, 2 d] for each exit, and the labels int64 [n].
+    images: n, how many `batches` hold. scratch: an empty folder on a disk with room for n · L · 2 d float32 for each
+    bit-width. Returns, per bit-width, a float32 tensor [n, 2 d] for each exit, mapped from a file there, so that
+    memory does not grow with n; and the labels int64 [n].
     """
-    gathered: dict[int, list[list[Tensor]]] = {b: [[] for _ in range(quantized.backbone.depth)] for b in bits}
-    labels = []
-    device = next(quantized.backbone.parameters()).device
+    backbone = quantized.backbone
+    device = next(backbone.parameters()).device
+    width = 2 * backbone.embed_dim
+    arrays = {
+        (b, index): _array_on_disk(scratch / f"{b}-bits-exit-{index + 1}", (images, width))
+        for b in bits
+        for index in range(backbone.depth)
+    }
+    labels = np.empty(images, np.int64)
+    done = 0
     with torch.inference_mode():
         for batch in batches:
+            rows = slice(done, done + len(batch.labels))
             stem = quantized.stem(batch.images.to(device))
             for b in bits:
                 tokens = stem
-                for index in range(quantized.backbone.depth):
+                for index in range(backbone.depth):
                     tokens = quantized.segments(index, b)(tokens)
-                    gathered[b][index].append(quantized.backbone.pooled(tokens).float().cpu())
-            labels.append(batch.labels.astype(np.int64))
+                    arrays[b, index][rows] = backbone.pooled(tokens).float().cpu().numpy()
+            labels[rows] = batch.labels
+            done = rows.stop
             on_images(len(batch.labels))
-    pooled = {b: [torch.cat(parts).clone() for parts in exits] for b, exits in gathered.items()}
-    return pooled, np.concatenate(labels)
+    pooled = {b: [torch.from_numpy(arrays[b, index]) for index in range(backbone.depth)] for b in bits}
+    return pooled, labels
+
+
+def _array_on_disk(path: FilePath, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A float32 array that a new file holds. Raises OSError where the disk has no room for it."""
+    with path.open("xb") as file:
+        # a mapped file gets its blocks when they are written, and a full disk would then kill the process
+        os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
+    return np.memmap(path, np.float32, "r+", shape=shape)
 
 
 def _edges_to(wanted: set[Path]) -> dict[Path, list[Path]]:

@@ -15,7 +15,7 @@ from quee_core.costs import edge_bits
 from quee_core.data.datasets import ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
-from quee_core.data.splits import Selection, SplitName, choose_splits
+from quee_core.data.splits import Selection, SplitName, choose_splits, subsample
 from quee_core.errors import ConfigError, DataError, DeviceError
 from quee_core.fingerprints import code_version, fingerprint
 from quee_core.paths import FULL_PRECISION, Path, PathTree
@@ -79,8 +79,15 @@ class SweepPlan:
         return [tuple(shard) for shard in shards if shard]
 
     def calibration_images(self) -> tuple[Selection, ...]:
-        """The first `quantization.images` images of `fit`."""
-        return _first(self.splits["fit"], self.config.quantization.images)
+        """`quantization.images` images of `fit`, drawn by hash."""
+        return self._drawn_from_fit(self.config.quantization.images)
+
+    def head_images(self) -> tuple[Selection, ...]:
+        """At most `heads.images` images of `fit`, drawn by hash; heads and embeddings are fitted on them."""
+        return self._drawn_from_fit(self.config.heads.images)
+
+    def _drawn_from_fit(self, count: int) -> tuple[Selection, ...]:
+        return subsample(self.dataset, self.splits["fit"], count, self.config.dataset.seed + 2)
 
     def sample_ids(self, split: SplitName) -> NDArray[np.int64]:
         """Ids of a split's images, in the order of its tables."""
@@ -111,7 +118,7 @@ class SweepPlan:
         return fingerprint(
             {
                 "calibration": self.calibration_key,
-                "images": self.images_fingerprint(self.splits["fit"]),
+                "images": self.images_fingerprint(self.head_images()),
                 "exits": self.loaded.backbone.exits,
                 "bits": self.head_bits,
                 "heads": self.config.heads.model_dump(mode="json"),
@@ -197,13 +204,3 @@ def _checkpoint_of(config: SweepConfig) -> FilePath | None:
         return given
     below = root / given
     return below if below.exists() else given
-
-
-def _first(selections: tuple[Selection, ...], count: int) -> tuple[Selection, ...]:
-    kept = []
-    for selection in selections:
-        kept.append(Selection(selection.part, selection.positions[:count]))
-        count -= len(kept[-1].positions)
-        if count == 0:
-            break
-    return tuple(kept)

@@ -8,6 +8,8 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import torch
@@ -24,6 +26,7 @@ from quee_core.plan import WALKED, SweepPlan
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
+from quee_core.whole_files import disk_faults
 
 _GRID_CODE = (
     "quee_core.grid", "quee_core.clusters", "quee_core.targets", "quee_core.fixed_point", "quee_core.predictors.base",
@@ -75,20 +78,26 @@ def exits_of(
     data = store.get_artefact("exits", plan.exits_key)
     if data is not None:
         return FittedExits.from_bytes(data), Work(0, 1)
-    quantized = quantized_of(plan, calibration, device)
-    pooled, labels = uniform_pooled_tokens(
-        quantized, plan.batches(plan.splits["fit"]), plan.head_bits, on_images=on_images
-    )
-    exits = fit_exits(
-        pooled,
-        labels,
-        classes=len(plan.dataset.description.classes),
-        own_last_head=plan.loaded.backbone.num_classes > 0,
-        heads=plan.config.heads,
-        dimensions=plan.config.embedding.dimensions,
-        edge=edge_bits(plan.tree.bits),
-        method=plan.config.quantization.method,
-    )
+    quantized, chosen = quantized_of(plan, calibration, device), plan.head_images()
+    with TemporaryDirectory(prefix="quee-heads-") as scratch, disk_faults(scratch, "written"):
+        pooled, labels = uniform_pooled_tokens(
+            quantized,
+            plan.batches(chosen),
+            plan.head_bits,
+            images=sum(len(s.positions) for s in chosen),
+            scratch=FilePath(scratch),
+            on_images=on_images,
+        )
+        exits = fit_exits(
+            pooled,
+            labels,
+            classes=len(plan.dataset.description.classes),
+            own_last_head=plan.loaded.backbone.num_classes > 0,
+            heads=plan.config.heads,
+            dimensions=plan.config.embedding.dimensions,
+            edge=edge_bits(plan.tree.bits),
+            method=plan.config.quantization.method,
+        )
     store.put_artefact("exits", plan.exits_key, exits.to_bytes())
     return exits, Work(1, 0)
 

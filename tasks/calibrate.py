@@ -25,11 +25,12 @@ def train_heads(sweep: SweepConfig) -> StageTiming:
     """Put exit heads and embeddings, fitted on `fit`, into the store, unless they are there."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
 
-    def seen(images: int) -> None:
-        work.count(images=images)
-        advance("train heads", images)
+    def seen(batch: int) -> None:
+        work.count(images=batch)
+        advance("train heads", batch)
 
-    with stage("train heads", plan.images["fit"], "images") as work:
+    images = sum(len(part.positions) for part in plan.head_images())
+    with stage("train heads", images, "images") as work:
         calibration, _ = calibration_of(plan, store, device)
         _, done = exits_of(plan, store, calibration, device, on_images=seen)
         work.count(computed=done.computed, reused=done.reused)

@@ -39,3 +39,23 @@ def test_a_relative_checkpoint_is_looked_for_below_the_data_folder_too(
     below = resolve(small_config(tmp_path, **sections)).loaded.fingerprint
     save_file(micro_vit(num_classes=3).state_dict(), elsewhere / "own.safetensors")
     assert resolve(small_config(tmp_path, **sections)).loaded.fingerprint != below
+
+
+def test_calibration_and_head_images_are_of_every_class_though_the_set_is_ordered_by_class(tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", 3, 200)
+    save_file(micro_vit(num_classes=3).state_dict(), data / "own.safetensors")
+    sections = {
+        "dataset": {"name": "folder", "root": str(data), "limit": None, "fit": 0.4, "target": 0.3, "select": 0.1,
+                    "test": 0.2, "trained_on": "none"},
+        "backbone": {"name": "micro_vit_fashion_mnist", "checkpoint": "own.safetensors", "num_classes": 3},
+        "quantization": {"images": 40},
+        "heads": {"images": 60},
+    }  # fmt: skip
+    plan = resolve(small_config(tmp_path, **sections))
+    fit = {(s.part, p) for s in plan.splits["fit"] for p in s.positions.tolist()}
+    for parts, count in ((plan.calibration_images(), 40), (plan.head_images(), 60)):
+        chosen = {(s.part, p) for s in parts for p in s.positions.tolist()}
+        labels = np.concatenate([plan.dataset.labels(s.part)[s.positions] for s in parts])
+        assert len(chosen) == count
+        assert chosen < fit
+        assert np.bincount(labels, minlength=3).min() >= count // 6

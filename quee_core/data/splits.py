@@ -1,6 +1,6 @@
 """The four disjoint splits, by a stable hash of sample ids (design, section 6)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,17 +74,31 @@ def choose_splits(
             "it is not known which images the backbone was trained on; if target or select hold some of them, "
             "its confidence there is too high"
         )
-    splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
+    splits: dict[SplitName, Sequence[Selection]] = {name: [] for name in SPLITS}
     for part, shares in plan.items():
         member = assign_splits(dataset.sample_ids(part), shares, seed)
         for k, name in enumerate(SPLITS):
             if len(positions := np.flatnonzero(member == k)):
-                splits[name].append(Selection(part, positions))
+                splits[name] = [*splits[name], Selection(part, positions)]
     if limit is not None:
-        splits = {name: _lowest(dataset, parts, seed, limit) for name, parts in splits.items()}
+        splits = {name: subsample(dataset, parts, limit, seed + 1) for name, parts in splits.items()}
     chosen = {name: tuple(parts) for name, parts in splits.items()}
     _check(dataset, chosen)
     return chosen, tuple(cautions)
+
+
+def subsample(dataset: ImageDataset, parts: Sequence[Selection], count: int, seed: int) -> tuple[Selection, ...]:
+    """The `count` images of `parts` whose hash under `seed` is lowest, in the order of `parts`; all if there are fewer.
+
+    By hash and not from the front, for data sets are often ordered by class. A smaller count keeps part of a larger
+    one's images. Use another seed than the splits', or the images would come from one edge of a split.
+    """
+    drawn = [hash_uniform(dataset.sample_ids(s.part)[s.positions], seed) for s in parts]
+    if sum(map(len, drawn)) <= count:
+        return tuple(parts)
+    bar = np.sort(np.concatenate(drawn))[count - 1]
+    kept = (Selection(s.part, s.positions[d <= bar]) for s, d in zip(parts, drawn, strict=True))
+    return tuple(selection for selection in kept if len(selection.positions))
 
 
 def _seen_parts(about: DatasetDescription) -> tuple[str, ...]:
@@ -120,16 +134,6 @@ def _shares(
         ]
     inner = own | {"fit": 0.0, "test": own["test"] if about.test_part is None else 0.0}
     return plan | {part: {"test": 1.0} if part == about.test_part else inner for part in unseen}, []
-
-
-def _lowest(dataset: ImageDataset, parts: list[Selection], seed: int, limit: int) -> list[Selection]:
-    """The `limit` images of lowest hash under another seed, so that a limit does not favour a split's edge."""
-    drawn = [hash_uniform(dataset.sample_ids(s.part)[s.positions], seed + 1) for s in parts]
-    if sum(map(len, drawn)) <= limit:
-        return parts
-    bar = np.sort(np.concatenate(drawn))[limit - 1]
-    kept = [Selection(s.part, s.positions[d <= bar]) for s, d in zip(parts, drawn, strict=True)]
-    return [selection for selection in kept if len(selection.positions)]
 
 
 def _check(dataset: ImageDataset, splits: Mapping[SplitName, tuple[Selection, ...]]) -> None:
