@@ -22,7 +22,8 @@ ROW_BYTES = 8 + 2 + 2 + 1 + 16  # of a row's plain columns, before compression
 
 @dataclass(frozen=True)
 class Estimate:
-    """images: by split. seconds, bytes: of the walk that is left to do, on the device at hand."""
+    """images: by split. seconds: of the walk that is left to do, on the device at hand; calibration, heads, grid and
+    evaluation come on top. bytes: of the tables that it writes, before compression."""
 
     images: dict[str, int]
     paths: int
@@ -49,8 +50,8 @@ class Estimate:
             ("branches (tasks)", f"{self.branches:,}"),
             ("tree edges walked per image", f"{self.edges_per_image:,}"),
             ("grid points, units of work", f"{self.grid_points:,}, {self.grid_units:,}"),
-            ("estimated time of the walk", f"{self.seconds:,.0f} s"),
-            ("estimated disk, at most", f"{self.bytes / 1e6:,.1f} MB"),
+            ("estimated time of the walk that is left", f"{self.seconds:,.0f} s"),
+            ("estimated disk of its tables, at most", f"{self.bytes / 1e6:,.1f} MB"),
         ]
 
 
@@ -63,7 +64,9 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
     total = sum(len(plan.shards(split)) for split in WALKED) * len(plan.tree.paths)
     calibration = store.get_artefact("calibration", plan.calibration_key)
     exits = store.get_artefact("exits", plan.exits_key)
-    left, edge_images = 0, 0
+    classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions
+    row = ROW_BYTES + 4 * min(classes, TOP) + 2 * dimensions
+    left, edge_images, size = 0, 0, 0
     for split, shard, bits in branches:
         paths = list(plan.tree.branch(bits))
         if calibration is not None and exits is not None:
@@ -73,10 +76,9 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
             absent = set(store.missing(list(cells.values())))
             paths = [path for path in paths if cells[path] in absent]
         left += len(paths)
-        edge_images += walked_edges(paths) * sum(len(s.positions) for s in plan.shards(split)[shard])
-    classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions
-    row = ROW_BYTES + 4 * min(classes, TOP) + 2 * dimensions
-    rows = sum(plan.images[split] for split in WALKED) * len(plan.tree.paths)
+        images = sum(len(s.positions) for s in plan.shards(split)[shard])
+        edge_images += walked_edges(paths) * images
+        size += len(paths) * images * row
     points = grid_points(plan.config)
     return Estimate(
         images={str(name): count for name, count in plan.images.items()},
@@ -89,7 +91,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
         grid_points=len(points),
         grid_units=len(grid_units(points, plan.tree)),
         seconds=edge_images * _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD,
-        bytes=rows * row,
+        bytes=size,
     )
 
 

@@ -181,6 +181,18 @@ def budget_rows(fronts: Mapping[str, MeasuredFront], settings: EvaluationConfig,
     )  # fmt: skip
 
 
+def unreached_budgets(budgets: Sequence[float], rows: Sequence[BudgetRow], low: float) -> tuple[str, ...]:
+    """What a reader must be told of budgets that `rows` does not show; nothing if there are none."""
+    shown = {row.budget for row in rows}
+    absent = ", ".join(f"{budget:g}" for budget in budgets if budget not in shown)
+    if not absent:
+        return ()
+    return (
+        f"no comparison at budgets {absent}: not both QuEE and a baseline reach them; "
+        f"the cheapest path costs {low:.3f}",
+    )
+
+
 def drop_rows(fronts: Mapping[str, MeasuredFront], full_accuracy: float) -> tuple[DropRow, ...]:
     """Cheapest cost within each accuracy drop below the full path, for every method but bounds."""
     return tuple(

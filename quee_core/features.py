@@ -12,10 +12,10 @@ from torch import Tensor
 
 from quee_core.data.loading import Batch
 from quee_core.errors import NumericError
-from quee_core.network import PathNetwork
+from quee_core.network import Answer, PathNetwork
 from quee_core.paths import ROOT, Path
 from quee_core.quantize.calibration import QuantizedBackbone
-from quee_core.tables import feature_table
+from quee_core.tables import FeatureRows
 
 OnImages = Callable[[int], None]
 
@@ -25,25 +25,31 @@ def ignore_progress(_images: int) -> None:
 
 
 def walk(
-    network: PathNetwork, batches: Iterable[Batch], paths: Sequence[Path], *, on_images: OnImages = ignore_progress
+    network: PathNetwork,
+    batches: Iterable[Batch],
+    paths: Sequence[Path],
+    *,
+    images: int,
+    on_images: OnImages = ignore_progress,
 ) -> Iterator[tuple[Path, pa.Table]]:
     """Feature tables of `paths`, each over all images of `batches` in their order (design, section 5).
 
-    Walks only the edges that lead to a wanted path, depth first, so that at most one activation per depth is
-    alive; the compact rows of every wanted path are gathered and given out when the images are through.
+    images: n, how many `batches` hold. Walks only the edges that lead to a wanted path, depth first, so that at most
+    one activation per depth is alive; the compact rows of every wanted path are gathered and given out when the images
+    are through.
     `on_images` is told the size of each finished batch. Raises NumericError that names the path and the
     sample for logits that are not finite.
     """
     wanted = set(paths)
     below = _edges_to(wanted)
-    rows: dict[Path, list[pa.Table]] = {path: [] for path in paths}
+    rows = {path: FeatureRows(images) for path in paths}
     for batch in batches:
         for path, tokens in _visit(network, network.stem(batch.images.to(network.device)), ROOT, below):
             if path in wanted:
-                rows[path].append(_rows(network, path, tokens, batch))
+                _add(rows[path], network.answer(path.exit, tokens), path, batch)
         on_images(len(batch.labels))
     for path in paths:
-        yield path, pa.concat_tables(rows.pop(path)).combine_chunks()
+        yield path, rows.pop(path).table()
 
 
 def walked_edges(paths: Iterable[Path]) -> int:
@@ -117,9 +123,8 @@ def _visit(
         yield from _visit(network, behind, path, below)
 
 
-def _rows(network: PathNetwork, path: Path, tokens: Tensor, batch: Batch) -> pa.Table:
-    answer = network.answer(path.exit, tokens)
+def _add(rows: FeatureRows, answer: Answer, path: Path, batch: Batch) -> None:
     try:
-        return feature_table(batch.sample_ids, batch.labels, answer.logits, answer.embedding)
+        rows.add(batch.sample_ids, batch.labels, answer.logits, answer.embedding)
     except NumericError as error:
         raise NumericError(f"path {path}: {error}") from None

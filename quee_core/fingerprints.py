@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from quee_core.errors import ConfigError
 
 LIBRARIES = (
-    "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow", "prefect", "dask", "mlflow", "quee",
+    "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow", "pillow", "prefect", "dask", "mlflow", "quee",
 )  # fmt: skip
+COMPUTING = ("torch", "torchvision", "timm", "pillow")
 
 
 def canonical_json(value: Any) -> str:
@@ -67,8 +68,17 @@ def code_version(modules: Sequence[str | ModuleType]) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that figures depend on; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    return {"python": platform.python_version(), **_versions(LIBRARIES)}
+
+
+def environment_versions() -> dict[str, str]:
+    """Versions of the libraries that decode images and run networks: part of the key of all that comes out of one."""
+    return _versions(COMPUTING)
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

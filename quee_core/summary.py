@@ -25,6 +25,7 @@ from quee_core.evaluation import (
     select_hypervolume,
     share_rows,
     uniform_accuracies,
+    unreached_budgets,
 )
 from quee_core.exits import FittedExits
 from quee_core.fingerprints import code_version, library_versions
@@ -118,6 +119,7 @@ def summarise(
         winner.costs,
     )
     fronts = {QUEE: measure(pair, select, test)} | baseline_fronts(priced, select, test, prices, settings.seed)
+    budgets = budget_rows(fronts, settings, low)
     full = Path((max(plan.tree.bits),) * plan.tree.depth)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[full]].mean())
     classes = plan.dataset.description.classes
@@ -141,9 +143,9 @@ def summarise(
         bits=plan.tree.bits,
         paths=len(plan.tree.paths),
         splits=dict(plan.images),
-        cautions=plan.cautions,
+        cautions=plan.cautions + unreached_budgets(settings.budgets, budgets, low),
         fronts=front_records(fronts, low, settings),
-        budgets=budget_rows(fronts, settings, low),
+        budgets=budgets,
         drops=drop_rows(fronts, full_accuracy),
         shares=share_rows(fronts[QUEE], plan.tree, test, classes),
         calibration=calibration_records(winner.policy, wanted, test),

@@ -129,37 +129,87 @@ def feature_table(
     Raises NumericError that names the sample for logits or embeddings that are not finite, DataError for a label that
     is no class, ShapeMismatchError if rows disagree.
     """
-    n = len(sample_ids)
-    if not n == len(labels) == len(logits) == len(embedding) or logits.ndim != 2 or embedding.ndim != 2:
-        raise ShapeMismatchError(
-            f"sample_ids {np.shape(sample_ids)}, labels {np.shape(labels)}, logits {logits.shape}, "
-            f"embedding {embedding.shape}: want n rows each"
-        )
-    classes = logits.shape[1]
-    columns = schema(classes, embedding.shape[1])
-    for what, values in (("logits", logits), ("embedding", embedding)):
-        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
-            raise NumericError(
-                f"sample_id {sample_ids[bad[0]]}: {what} hold NaN or infinite values ({len(bad)} of {n} images); "
-                "check the checkpoint and the preprocessing"
+    rows = FeatureRows(len(sample_ids))
+    rows.add(sample_ids, labels, logits, embedding)
+    return rows.table()
+
+
+class FeatureRows:
+    """Collects the answers of one path, batch by batch, into arrays of their final size.
+
+    What is kept of a batch is small, but if it stood in objects of its own between the network's activations, the
+    heap could not give these back, and memory would grow with the images.
+    """
+
+    def __init__(self, images: int) -> None:
+        """images: n, how many answers will come."""
+        self._images = images
+        self._filled = 0
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def add(
+        self,
+        sample_ids: NDArray[np.int64],
+        labels: NDArray[np.int16],
+        logits: NDArray[np.float32],
+        embedding: NDArray[np.float32],
+    ) -> None:
+        """Summarise and keep a batch. Takes and raises what `feature_table` does; refuses more rows than announced."""
+        count = len(sample_ids)
+        if not count == len(labels) == len(logits) == len(embedding) or logits.ndim != 2 or embedding.ndim != 2:
+            raise ShapeMismatchError(
+                f"sample_ids {np.shape(sample_ids)}, labels {np.shape(labels)}, logits {logits.shape}, "
+                f"embedding {embedding.shape}: want n rows each"
             )
-    if len(bad := np.flatnonzero((labels < 0) | (labels >= classes))):
-        raise DataError(f"sample_id {sample_ids[bad[0]]}: label {labels[bad[0]]}, but there are {classes} classes")
-    labels = np.asarray(labels, np.int16)
-    rows = max(1, _ROWS_AT_ONCE // classes)
-    order, top, uncertainty = (
-        np.concatenate(parts)
-        for parts in zip(*(_summarise(logits[k : k + rows]) for k in range(0, max(n, 1), rows)), strict=True)
-    )
-    predicted = order[:, 0]
-    limit = np.finfo(np.float16).max
-    return pa.table(
-        [
-            np.asarray(sample_ids, np.int64), labels, predicted, predicted == labels, *uncertainty.T,
-            _lists(top), _lists(order), _lists(np.clip(embedding, -limit, limit).astype(np.float16)),
-        ],
-        schema=columns,
-    )  # fmt: skip
+        classes = logits.shape[1]
+        for what, values in (("logits", logits), ("embedding", embedding)):
+            if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
+                raise NumericError(
+                    f"sample_id {sample_ids[bad[0]]}: {what} hold NaN or infinite values ({len(bad)} of {count} images)"
+                    "; check the checkpoint and the preprocessing"
+                )
+        if len(bad := np.flatnonzero((labels < 0) | (labels >= classes))):
+            raise DataError(f"sample_id {sample_ids[bad[0]]}: label {labels[bad[0]]}, but there are {classes} classes")
+        if not self._arrays:
+            self._allocate(classes, embedding.shape[1])
+        if self._filled + count > self._images:
+            raise ShapeMismatchError(f"{self._filled + count} answers, where {self._images} images were announced")
+        limit = np.finfo(np.float16).max
+        to = slice(self._filled, self._filled + count)
+        self._arrays["sample_id"][to] = sample_ids
+        self._arrays["label"][to] = labels
+        self._arrays["embedding"][to] = np.clip(embedding, -limit, limit)
+        at_once = max(1, _ROWS_AT_ONCE // classes)
+        for start in range(0, count, at_once):
+            part = slice(self._filled + start, self._filled + min(start + at_once, count))
+            order, top, uncertainty = _summarise(logits[start : start + at_once])
+            self._arrays["top_class"][part] = order
+            self._arrays["top_p"][part] = top
+            self._arrays["uncertainty"][part] = uncertainty
+        self._filled += count
+
+    def table(self) -> pa.Table:
+        """The finished table. Raises ShapeMismatchError unless as many answers came as were announced."""
+        if self._filled != self._images or not self._arrays:
+            raise ShapeMismatchError(f"{self._filled} answers, where {self._images} images were announced")
+        own = self._arrays
+        predicted = own["top_class"][:, 0].copy()
+        return pa.table(
+            [
+                own["sample_id"], own["label"], predicted, predicted == own["label"], *own["uncertainty"].T,
+                _lists(own["top_p"]), _lists(own["top_class"]), _lists(own["embedding"]),
+            ],
+            schema=self._schema,
+        )  # fmt: skip
+
+    def _allocate(self, classes: int, embedding: int) -> None:
+        self._schema = schema(classes, embedding)
+        n, kept = self._images, min(classes, TOP)
+        self._arrays = {
+            "sample_id": np.empty(n, np.int64), "label": np.empty(n, np.int16),
+            "uncertainty": np.empty((n, len(UNCERTAINTY)), np.float32), "top_p": np.empty((n, kept), np.float16),
+            "top_class": np.empty((n, kept), np.int16), "embedding": np.empty((n, embedding), np.float16),
+        }  # fmt: skip
 
 
 def check_table(table: pa.Table) -> None:

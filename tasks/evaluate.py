@@ -1,5 +1,6 @@
 """Evaluation: the outcome tables as arrays on disk, and the finished record of a sweep."""
 
+from dataclasses import asdict
 from pathlib import Path as FilePath
 
 from prefect import task
@@ -64,8 +65,8 @@ def evaluate(
             return stored_floats(
                 store,
                 "gate-milliseconds",
-                [key, point.as_dict(), device_name(device), sweep.cost.batch, sweep.cost.repeats],
-                lambda: gate_milliseconds(policy, select, batch=sweep.cost.batch, repeats=sweep.cost.repeats),
+                [key, asdict(point), sweep.seed, device_name(device), sweep.cost.batch, sweep.cost.repeats],
+                lambda: gate_milliseconds(policy, network, select, batch=sweep.cost.batch, repeats=sweep.cost.repeats),
             )
 
         def gate_costs(point: GridPoint, policy: GatePolicy) -> tuple[float, ...]:

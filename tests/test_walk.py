@@ -1,13 +1,21 @@
 """The walk and its tables: prefixes are shared, batches do not show, and a rerun computes nothing."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path as FilePath
+
 import numpy as np
 import torch
 
+from quee_core.data.splits import SplitName
 from quee_core.features import walk, walked_edges
 from quee_core.paths import Path
-from quee_core.stages import branches_of, cells_of, extract_branch
-from quee_core.tables import Outcomes
-from tests.conftest import SmallSweep
+from quee_core.plan import resolve
+from quee_core.stages import Work, branches_of, cells_of, extract_branch, network_of
+from quee_core.store import Store
+from quee_core.tables import Cell, Outcomes
+from tests.conftest import SmallSweep, small_config
 
 
 def test_splits_of_a_sweep_share_no_image(small_sweep: SmallSweep) -> None:
@@ -31,7 +39,7 @@ def test_the_walk_of_all_at_once_equals_the_walk_of_each_image_alone(small_sweep
     plan = small_sweep.plan
     batch = next(plan.batches(plan.splits["select"]))
     few = [type(batch)(batch.images[k : k + 1], batch.labels[k : k + 1], batch.sample_ids[k : k + 1]) for k in range(5)]
-    alone = Outcomes.from_tables(list(walk(small_sweep.network, few, plan.tree.paths)))
+    alone = Outcomes.from_tables(list(walk(small_sweep.network, few, plan.tree.paths, images=5)))
     together = small_sweep.select.take(np.arange(5))
     for name in ("predicted", "uncertainty", "top_p", "embedding"):
         np.testing.assert_array_equal(getattr(alone, name), getattr(together, name), err_msg=name)
@@ -47,11 +55,21 @@ def test_segments_at_32_bits_are_the_backbone_itself(small_sweep: SmallSweep) ->
         assert torch.equal(quantized.backbone.output(tokens), quantized.backbone(images))
 
 
-def test_a_rerun_computes_no_cell_and_a_lost_one_alone(small_sweep: SmallSweep) -> None:
-    plan, store = small_sweep.plan, small_sweep.store
+def test_a_rerun_computes_no_cell_and_a_lost_one_alone(small_sweep: SmallSweep, tmp_path: FilePath) -> None:
+    plan, network = small_sweep.plan, small_sweep.network
+    shutil.copytree(plan.config.run.store, tmp_path / "store")
+    store = Store.open(str(tmp_path / "store"))
+    lost: Path | None = None
     for split, shard, bits in branches_of(plan):
         cells = cells_of(plan, small_sweep.exits, small_sweep.calibration, split, shard, plan.tree.branch(bits))
-        assert extract_branch(plan, store, small_sweep.network, cells, split, shard).computed == 0
+        assert extract_branch(plan, store, network, cells, split, shard) == Work(0, len(cells))
+        if lost is None:
+            lost, cell = next(iter(cells.items()))
+            before = store.get_table(cell)
+            for file in (tmp_path / "store" / cell.folder).rglob("*"):
+                file.unlink()
+            assert extract_branch(plan, store, network, cells, split, shard) == Work(1, len(cells) - 1)
+            assert store.get_table(cell).equals(before)
 
 
 def test_only_edges_that_lead_to_wanted_cells_are_walked() -> None:
@@ -60,10 +78,46 @@ def test_only_edges_that_lead_to_wanted_cells_are_walked() -> None:
     assert walked_edges([]) == 0
 
 
-def test_cells_of_other_bit_widths_keep_their_keys(small_sweep: SmallSweep) -> None:
-    plan = small_sweep.plan
-    path = Path((8, 8))
-    cells = cells_of(plan, small_sweep.exits, small_sweep.calibration, "test", 0, [path])
-    assert str(cells[path].path) == "-".join(["8"] * 8)
-    other = cells_of(plan, small_sweep.exits, small_sweep.calibration, "select", 0, [path])
-    assert cells[path].key != other[path].key
+def test_another_bit_width_or_exit_leaves_the_cells_that_are_there(tmp_path: FilePath) -> None:
+    run = {"store": str(tmp_path / "store"), "runs": str(tmp_path / "runs"), "device": "cpu"}
+
+    def cells(bits: list[int], exits: list[int], split: SplitName = "test") -> dict[str, Cell]:
+        config = small_config(
+            tmp_path, paths={"bits": bits}, backbone={"exits": exits}, heads={"bits": [2, 8], "epochs": 1}, run=run
+        )
+        plan, store = resolve(config), Store.open(run["store"])
+        _, exits_fitted, calibration = network_of(plan, store, torch.device("cpu"))
+        found = cells_of(plan, exits_fitted, calibration, split, 0, plan.tree.paths)
+        return {str(cell.path): cell for cell in found.values()}
+
+    before = cells([2, 8], [4, 8])
+    assert str(before["-".join(["8"] * 8)].path) == "8-8-8-8-8-8-8-8"
+    for after in (cells([2, 4, 8], [4, 8]), cells([2, 8], [4, 6, 8])):
+        assert len(after) > len(before)
+        assert before.items() <= after.items()
+    assert not {c.key for c in before.values()} & {c.key for c in cells([2, 8], [4, 8], "select").values()}
+
+
+def test_memory_of_a_walk_does_not_grow_with_its_batches(small_sweep: SmallSweep) -> None:
+    """Measured in processes of their own: a heap that has grown once serves everything after it."""
+    code = (
+        "import sys, pickle, resource, torch\n"
+        "from quee_core.config import SweepConfig\n"
+        "from quee_core.features import walk\n"
+        "from quee_core.plan import resolve\n"
+        "from quee_core.stages import network_of\n"
+        "from quee_core.store import Store\n"
+        "config = SweepConfig.model_validate_json(sys.argv[1])\n"
+        "plan, times = resolve(config), int(sys.argv[2])\n"
+        "network = network_of(plan, Store.open(config.run.store), torch.device('cpu'))[0]\n"
+        "batch = next(plan.batches(plan.splits['test']))\n"
+        "tables = list(walk(network, [batch] * times, plan.tree.paths, images=times * len(batch.labels)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    config = small_sweep.plan.config.model_dump_json()
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", code, config, str(times)], check=True, capture_output=True).stdout)
+        for times in (2, 24)
+    )
+    activation = 120 * 50 * 128 * 4 / 1024  # KiB, of a batch's tokens
+    assert many - few < 4 * activation
