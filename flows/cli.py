@@ -1,25 +1,21 @@
 """The `quee` command."""
 
 import json
-import logging
 import os
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.messages import log_to_stderr, reporting_faults
 from quee_core import __version__
-from quee_core.errors import ConfigError, QueeError
+from quee_core.errors import ConfigError
 from quee_core.record import SweepRecord
-from quee_core.runs import make_folder
+from quee_core.whole_files import check_room
 
-P = ParamSpec("P")
-R = TypeVar("R")
+PREFECT_ROOM = 32_000_000  # bytes that its database may take in a sweep
 
 app = typer.Typer(
     name="quee",
@@ -45,23 +41,6 @@ LimitOption = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of records and reports.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def reporting_faults(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a user's fault as one line and end with its exit code; a bug keeps its traceback."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except QueeError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.secho("interrupted: what is finished is in the store; the same command continues", err=True)
-            raise typer.Exit(130) from None
-
-    return wrapped
 
 
 def _show_version(value: bool) -> None:
@@ -100,7 +79,8 @@ def sweep(
         plan(config, data_root, checkpoint, store, device, limit, as_json)
         return
     sweep_config = _configured(config, data_root, checkpoint, store, device, limit)
-    make_folder(Path(os.environ["PREFECT_HOME"]))  # Prefect makes no parents
+    os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
+    check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
 
     console = Console(stderr=as_json)
@@ -253,6 +233,12 @@ def print_record(record: SweepRecord, console: Console) -> None:
         f"the cheapest path costs {record.cheapest_cost:.3f}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if failed := [row for row in record.grid if row.failure is not None]:
+        console.print(
+            f"note: {len(failed)} of {len(record.grid)} grid points could not be fitted; the first, "
+            f"{failed[0].point['predictor']} with K = {failed[0].point['clusters'] or '∞'}: {failed[0].failure}",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     for caution in record.cautions:
         console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
 
@@ -290,14 +276,16 @@ def _quiet_surroundings(verbose: bool) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if verbose else "CRITICAL",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "PREFECT_HOME": str(Path("runs").resolve() / ".prefect"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine is slow, not broken
     }
+    if "PREFECT_API_URL" not in os.environ:
+        defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # a temporary server's logs are nobody's to read
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+    log_to_stderr(verbose=verbose)
 
 
 if __name__ == "__main__":

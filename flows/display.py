@@ -76,10 +76,12 @@ class SweepDisplay:
             shown = now
         self._plain[stage] = (done, total, unit, shown)
 
-    def end(self, stage: str, note: str) -> None:
-        """Mark the stage as over."""
+    def end(self, stage: str, note: str, *, whole: bool) -> None:
+        """Mark the stage as over, and its bar as full if it is `whole`."""
         if self.console.is_terminal:
             task = self._tasks[stage]
-            self._bars.update(task, note=note, completed=self._bars.tasks[self._bars.task_ids.index(task)].total)
+            total = self._bars.tasks[self._bars.task_ids.index(task)].total
+            self._bars.update(task, note=note, completed=total if whole else None)
+            self._bars.stop_task(task)
         else:
             self.console.print(f"{stage}: {note}", highlight=False)

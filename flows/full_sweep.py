@@ -1,46 +1,75 @@
 """The flow `quee`, deployed as `quee/full-sweep`: one sweep from images to front."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from prefect import flow, get_run_logger, unmapped
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
+from prefect.settings import get_current_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows.display import SweepDisplay
+from flows.prefect_server import OwnServer
 from quee_core.config import SweepConfig
+from quee_core.errors import DamagedTableError, ServerError, fault_behind
+from quee_core.plan import WALKED
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.runs import read_record
 from quee_core.stages import branches_of
+from quee_core.whole_files import check_room
+from tasks.assemble import Assembled, assemble_outcomes
 from tasks.calibrate import calibrate, train_heads
-from tasks.evaluate import assemble_outcomes, evaluate, write_report
+from tasks.evaluate import evaluate, write_report
 from tasks.extract import STAGE, extract
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
-from tasks.resolved import plan_of
+from tasks.resolved import device_of, plan_of, store_of
 from tasks.track import track
 
-DEVICES = max(1, torch.cuda.device_count())  # branches that are walked at a time
+BRANCHES_AT_A_TIME = 1  # they share the process's network, and so its device
+STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
+RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its figures
 
 
 @flow(
     name="quee",
     flow_run_name="{sweep.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=DEVICES),
+    task_runner=ThreadPoolTaskRunner(max_workers=BRANCHES_AT_A_TIME),
     validate_parameters=True,
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
     """Fill the store with what it lacks, fit the grid, evaluate, report, track; returns the report's path."""
     folder = sweep.run.runs / sweep.name
-    timings = [calibrate(sweep), train_heads(sweep), extract_all(sweep)]
-    folders, key, assembled = assemble_outcomes(sweep, folder / "outcomes")
-    fits, fitted = predict_grid(sweep, folders, key)
-    record = evaluate(sweep, folders, fits, key, [*timings, assembled, fitted], folder)
+    store_of(sweep).sweep_orphans()  # what killed writers left
+    timings = [calibrate(sweep), train_heads(sweep)]
+    assembled, filled = fill_tables(sweep, folder / "outcomes")
+    fits, fitted = predict_grid(sweep, assembled)
+    record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
     track(sweep, record, folder, report)
     get_run_logger().info("report: %s", report)
     return str(report)
+
+
+def fill_tables(sweep: SweepConfig, folder: Path) -> tuple[Assembled, list[StageTiming]]:
+    """Extract every cell, and assemble the tables below `folder`.
+
+    A table that proves damaged while it is read has been set aside, with all others of its split that are: extraction
+    fills the gap. Once for each split; a store that damages what is written anew is the user's to mend.
+    """
+    timings = []
+    for attempt in range(len(WALKED) + 1):
+        timings.append(extract_all(sweep))
+        try:
+            assembled, timing = assemble_outcomes(sweep, folder)
+            break
+        except DamagedTableError:
+            if attempt == len(WALKED):
+                raise
+    return assembled, [*timings, timing]
 
 
 def extract_all(sweep: SweepConfig) -> StageTiming:
@@ -60,11 +89,30 @@ def extract_all(sweep: SweepConfig) -> StageTiming:
 
 
 def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
-    """Run the flow in this process, its progress on `console`; returns the record and the report's path."""
-    plan_of(sweep)  # what is wrong with the request is told before anything starts
-    with SweepDisplay(console) as display, listening(display):
+    """Run the flow in this process, its progress on `console`; returns the record and the report's path.
+
+    What is wrong with the request, or with the places that it writes to, is told before anything starts.
+    """
+    plan_of(sweep)
+    device_of(sweep)
+    store_of(sweep).check_room(STORE_ROOM)
+    check_room(sweep.run.runs, RUNS_ROOM)
+    OwnServer()
+    with SweepDisplay(console) as display, listening(display), prefect_faults():
         report = Path(full_sweep(sweep))
     return read_record(report.with_name("record.json")), report
+
+
+@contextmanager
+def prefect_faults() -> Iterator[None]:
+    """Report the fault of ours behind an error of Prefect's server: a full disk stops its database as it stops us."""
+    try:
+        yield
+    except PrefectHTTPStatusError as error:
+        raise fault_behind(error) or ServerError(
+            f"Prefect's server cannot note how the run goes ({str(error).splitlines()[0]}); look for a full disk at "
+            f"{get_current_settings().home}, and run again: what is finished is kept"
+        ) from error
 
 
 if __name__ == "__main__":

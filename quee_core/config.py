@@ -113,9 +113,9 @@ class HeadsConfig(Section):
     )
     epochs: int = Field(30, ge=1, description="Passes over the cached features.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's; pulls the heads' weights towards 0.")
     batch: int = Field(512, ge=8, description="Rows a step.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Seed of first weights, of the order of rows, and of the PCA.")
 
     @field_validator("bits")
     @classmethod
@@ -133,9 +133,11 @@ class TargetsConfig(Section):
     """Targets by discretising the feature space (design, section 7): every combination is a member of the grid."""
 
     clusters: tuple[int | None, ...] = Field((None, 20, 100), description="K; null is infinite: labels as targets.")
-    shrinkage: tuple[Annotated[float, Field(gt=0)], ...] = Field((5.0,), description="n_0, in images.")
-    clustering_features: Literal["uncertainty", "embedding", "both"] = "both"
-    algorithm: Literal["kmeans", "minibatch"] = "kmeans"
+    shrinkage: tuple[Annotated[float, Field(gt=0)], ...] = Field((5.0,), min_length=1, description="n_0, in images.")
+    clustering_features: Literal["uncertainty", "embedding", "both"] = Field(
+        "both", description="What is clustered: uncertainty (of the exit's answer), embedding (PCA), or both."
+    )
+    algorithm: Literal["kmeans", "minibatch"] = Field("kmeans", description="kmeans, or minibatch for many images.")
 
     @field_validator("clusters")
     @classmethod
@@ -151,7 +153,9 @@ class PredictorConfig(Section):
     """One predictor of the grid, with its hyper-parameters."""
 
     name: str = Field(description="mlp, logistic, boosted_trees or nearest_cluster.")
-    features: Literal["uncertainty", "embedding", "both"] = "both"
+    features: Literal["uncertainty", "embedding", "both"] = Field(
+        "both", description="What it predicts from: uncertainty (of the exit's answer), embedding (PCA), or both."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Hyper-parameters of the predictor.")
 
 
@@ -189,9 +193,11 @@ class CostConfig(Section):
 class EvaluationConfig(Section):
     """How fronts are reported."""
 
-    budgets: tuple[Fraction, ...] = Field((0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8), description="Relative costs.")
+    budgets: tuple[Fraction, ...] = Field(
+        (0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8), min_length=1, description="Relative costs."
+    )
     resamples: int = Field(2000, ge=100, description="Bootstrap resamples.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Seed of the bootstrap and of the random exits.")
 
 
 class RunConfig(Section):
@@ -226,7 +232,9 @@ class SweepConfig(Section):
     heads: HeadsConfig = HeadsConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     targets: TargetsConfig = TargetsConfig()
-    predictors: tuple[PredictorConfig, ...] = Field(DEFAULT_PREDICTORS, min_length=1)
+    predictors: tuple[PredictorConfig, ...] = Field(
+        DEFAULT_PREDICTORS, min_length=1, description="What is fitted to the targets; each is a member of the grid."
+    )
     prices: PricesConfig = PricesConfig()
     cost: CostConfig = CostConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -267,6 +275,8 @@ def _fault(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "sweep"
     if error["type"] == "extra_forbidden":
         return f"{place}: unknown field; {did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+    if error["type"] == "too_short":
+        return f"{place}: {error['ctx']['actual_length']} given; want at least {error['ctx']['min_length']}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | list) or error["type"] == "missing" else f" (given: {given!r})"

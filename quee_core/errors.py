@@ -54,6 +54,22 @@ class DeviceError(QueeError):
     """A compute device that this machine does not have."""
 
 
+class ServerError(QueeError):
+    """A server that a sweep needs and that does not start or answer."""
+
+
+def fault_behind(error: BaseException) -> QueeError | None:
+    """The fault of ours that `error` arose from, by its causes and contexts; None if there is none."""
+    behind, seen = [error], set[int]()
+    while behind:
+        at = behind.pop()
+        if isinstance(at, QueeError):
+            return at
+        seen.add(id(at))
+        behind += [e for e in (at.__context__, at.__cause__) if e is not None and id(e) not in seen]
+    return None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause that names the nearest known names, or all of them where none is near."""
     options = sorted(known)

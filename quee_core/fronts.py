@@ -201,8 +201,8 @@ def paired_bootstrap(
     values: float [k, n], what each of n images contributes: correctness, or a difference between two methods'.
     differences: which rows are differences. By default those with a value below 0, and those of nothing but 0,
     of which nothing else can be known.
-    Resampling a row of one value would claim certainty. A rate of 0 or 1 gets Wilson's interval instead, and a
-    difference of 0 on every image plus and minus the rate of differing images that Wilson's interval does not exclude.
+    Resampling a row of one value would claim certainty. Instead w, the share of other images that Wilson's interval
+    does not exclude, widens it: a share v to [v - v w, v + (1 - v) w], Wilson's own for 0 and 1; a difference by w.
     A row with a NaN gives NaN. Raises ShapeMismatchError for an empty or flat array, ConfigError for bad settings.
     """
     rows = np.asarray(values, np.float64)
@@ -216,12 +216,12 @@ def paired_bootstrap(
     means = _resampled_means(rows, resamples, seed)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    n = rows.shape[1]
-    for row in np.flatnonzero((rows == 0).all(axis=1) | ((rows == 1).all(axis=1) & ~signed)):
-        low[row], high[row] = wilson_interval(int(rows[row].sum()), n, level)
-        if signed[row]:
-            low[row] = -high[row]
-    return rows.mean(axis=1).tolist(), low.tolist(), high.tolist()
+    average = rows.mean(axis=1)
+    _, unseen = wilson_interval(0, rows.shape[1], level)
+    for row in np.flatnonzero(np.ptp(rows, axis=1) <= ROUNDING):
+        below, above = (1.0, 1.0) if signed[row] else (average[row], 1 - average[row])
+        low[row], high[row] = average[row] - below * unseen, average[row] + above * unseen
+    return average.tolist(), low.tolist(), high.tolist()
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

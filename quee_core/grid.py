@@ -52,15 +52,26 @@ class GridPoint:
     features: str
     options: str
 
+    @property
+    def shown_discretisation(self) -> Discretisation:
+        """That of the targets, or the one that the predictor makes by itself, of the features it predicts from."""
+        if not predictor_class(self.predictor).discretises:
+            return self.discretisation
+        made = make_predictor(self.predictor, _options(self)).options.model_dump()
+        return Discretisation(made["clusters"], made["shrinkage"], self.features, made["algorithm"])
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for reports and tracking."""
-        own = self.discretisation
+        """Plain values, for reports and tracking; what does not apply where K is infinite is None."""
+        shown = self.shown_discretisation
+        finite = shown.clusters is not None
         return {
             "predictor": self.predictor,
             "features": self.features,
             "options": self.options,
-            "clusters": own.clusters,
-            "shrinkage": own.shrinkage if own.clusters is not None else None,
+            "clusters": shown.clusters,
+            "shrinkage": shown.shrinkage if finite else None,
+            "clustering_features": shown.features if finite else None,
+            "algorithm": shown.algorithm if finite else None,
         }
 
 
@@ -107,6 +118,17 @@ def grid_points(config: SweepConfig) -> list[GridPoint]:
     if not points:
         raise ConfigError("predictors: the grid is empty; name at least one predictor")
     return list(points)
+
+
+def check_clusters(config: SweepConfig, images: int) -> None:
+    """Raises ConfigError that names the field if it asks for more clusters than `images`, those of `target`."""
+    advice = f"than the {images} images of the split target; lower it, or raise dataset.target or dataset.limit"
+    for k in config.targets.clusters:
+        if k is not None and k > images:
+            raise ConfigError(f"targets.clusters: {k} is more clusters {advice}")
+    for number, wanted in enumerate(config.predictors):
+        if (k := make_predictor(wanted.name, wanted.options).least_images) > images:
+            raise ConfigError(f"predictors.{number}: {wanted.name} makes {k} clusters, more {advice}")
 
 
 def fit_gate(

@@ -1,5 +1,6 @@
 """What a sweep works on, resolved once: data set, splits, shards, backbone, tree, and the keys of its tables."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +18,17 @@ from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.data.splits import Selection, SplitName, choose_splits, subsample
 from quee_core.errors import ConfigError, DataError, DeviceError
-from quee_core.fingerprints import code_version, fingerprint
+from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
+from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
+from quee_core.quantize.methods import quant_method
 
 WALKED: tuple[SplitName, ...] = ("target", "select", "test")
 
 # The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
 _CALIBRATION_CODE = (
-    "quee_core.quantize", "quee_core.backbones.segmented", "quee_core.data.preprocessing", "quee_core.data.decoding",
+    "quee_core.quantize", "quee_core.backbones.segmented", "quee_core.backbones.micro_vit",
+    "quee_core.data.preprocessing", "quee_core.data.decoding",
     "quee_core.archive", "quee_core.costs",
 )  # fmt: skip
 _EXITS_CODE = (*_CALIBRATION_CODE, "quee_core.heads", "quee_core.exits", "quee_core.features")
@@ -95,8 +99,19 @@ class SweepPlan:
 
     def images_fingerprint(self, selections: tuple[Selection, ...]) -> str:
         """sha256 over the ids, labels and contents of the selected images, and their preprocessing."""
-        parts = [(s.part, self.dataset.fingerprint(s.part, s.positions)) for s in selections]
+        known = self._fingerprints
+        parts = []
+        for s in selections:
+            key = (s.part, s.positions.tobytes())
+            if key not in known:
+                known[key] = self.dataset.fingerprint(s.part, s.positions)
+            parts.append((s.part, known[key]))
         return fingerprint([parts, self.preprocessing.fingerprint()])
+
+    @cached_property
+    def _fingerprints(self) -> dict[tuple[str, bytes], str]:
+        # reading every image once for each branch would take longer than the rest of a rerun
+        return {}
 
     @cached_property
     def calibration_key(self) -> str:
@@ -109,6 +124,7 @@ class SweepPlan:
                 "bits": self.calibrated_bits,
                 "edge": edge_bits(self.tree.bits),
                 "code": code_version(_CALIBRATION_CODE),
+                "versions": environment_versions(),
             }
         )
 
@@ -129,8 +145,18 @@ class SweepPlan:
 
     @cached_property
     def cell_code(self) -> str:
-        """Version of the code that fills tables."""
-        return code_version(_CELL_CODE)
+        """Version of the code that fills tables, and of the libraries under it."""
+        return fingerprint([code_version(_CELL_CODE), environment_versions()])
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """What a table's file says of where it came from, besides its cell."""
+        return {
+            "code": self.cell_code,
+            "backbone": self.loaded.fingerprint,
+            "preprocessing": self.preprocessing.fingerprint(),
+            "versions": json.dumps(library_versions(), sort_keys=True),
+        }
 
     def blocks(self, path: Path) -> Path:
         """`path` with a bit-width for every block, not segment: names its cell whatever other exits there are."""
@@ -142,8 +168,9 @@ def resolve(config: SweepConfig) -> SweepPlan:
     """Load data set and backbone, divide the images, grow the tree.
 
     Raises the QueeError that names what does not fit: an unknown name, missing files, exits beyond the depth,
-    classes that differ from the head's.
+    classes that differ from the head's, more clusters than images.
     """
+    quant_method(config.quantization.method)
     dataset = load_dataset(config.dataset.name, config.dataset.root)
     splits, cautions = choose_splits(
         dataset,
@@ -160,6 +187,11 @@ def resolve(config: SweepConfig) -> SweepPlan:
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
     )
+    if loaded.backbone.depth < 2:
+        raise ConfigError(
+            f"backbone.exits: {list(loaded.backbone.exits)} is one exit, which leaves no gate anything to decide; "
+            "give two or more"
+        )
     classes = len(dataset.description.classes)
     if loaded.backbone.num_classes not in (0, classes):
         raise ConfigError(
@@ -175,6 +207,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
     for name in WALKED:
         if not splits[name]:
             raise DataError(f"data set {config.dataset.name}: split {name!r} is empty; change dataset.{name}")
+    check_clusters(config, sum(len(s.positions) for s in splits["target"]))
     preprocessing = Preprocessing.from_data_config(loaded.preprocessing)
     tree = config.paths.tree(loaded.backbone.depth)
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)

@@ -1,5 +1,7 @@
 """Finished runs on disk: a folder for each, with its record and its report."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,12 +25,13 @@ def router_folder(folder: Path) -> Path:
     return folder / ROUTER
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises StoreError where that can't be done."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be made ({error.strerror}); name another folder") from None
+def remove_other_folders(parent: Path, kept: Iterable[Path]) -> None:
+    """Remove the folders in `parent` that are not among `kept`. Raises StoreError where one can't be removed."""
+    wanted = set(kept)
+    with disk_faults(parent, "cleaned up"):
+        for folder in parent.iterdir():
+            if folder.is_dir() and folder not in wanted:
+                shutil.rmtree(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ Each looks for its result in the store first, and says whether it computed anyth
 where the last one ended.
 """
 
+import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, edge_bits, measured_table
 from quee_core.data.splits import SplitName
+from quee_core.errors import DamagedTableError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, ignore_progress, uniform_pooled_tokens, walk
-from quee_core.fingerprints import code_version, fingerprint
+from quee_core.fingerprints import code_version, environment_versions, fingerprint
 from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
 from quee_core.network import PathNetwork
 from quee_core.paths import Path, PathTree
@@ -162,9 +164,11 @@ def extract_branch(
     lacking = set(store.missing(list(cells.values())))
     wanted = [path for path, cell in cells.items() if cell in lacking]
     if wanted:
-        batches = plan.batches(plan.shards(split)[shard])
-        for path, table in walk(network, batches, wanted, on_images=on_images):
-            store.put_table(cells[path], table, {"path": str(path)})
+        images = plan.shards(split)[shard]
+        count = sum(len(part.positions) for part in images)
+        provenance = plan.provenance | {"calibration": plan.calibration_key, "exits": plan.exits_key}
+        for path, table in walk(network, plan.batches(images), wanted, images=count, on_images=on_images):
+            store.put_table(cells[path], table, provenance | {"path": str(path)})
     return Work(len(wanted), len(cells) - len(wanted))
 
 
@@ -177,19 +181,37 @@ def branches_of(plan: SweepPlan) -> list[tuple[SplitName, int, int]]:
 
 def outcomes_of(
     plan: SweepPlan, store: Store, exits: FittedExits, calibration: Calibration, split: SplitName
-) -> tuple[Outcomes, str]:
-    """All paths' answers on a split, out of the store's tables, and the fingerprint of what they are.
+) -> Outcomes:
+    """All paths' answers on a split, out of the store's tables.
 
-    Raises DamagedTableError, having set the table aside, for one that is damaged; a rerun computes it again.
+    Raises DamagedTableError, having set every damaged table of the split aside; extraction then fills the gaps.
     """
-    shards = range(len(plan.shards(split)))
-    cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
-    tables = [
-        (path, pa.concat_tables([store.get_table(cells[shard][path]) for shard in shards]).combine_chunks())
-        for path in plan.tree.paths
+    cells = _cells_by_shard(plan, exits, calibration, split)
+    parts: dict[Path, list[pa.Table]] = {path: [] for path in plan.tree.paths}
+    damaged: list[DamagedTableError] = []
+    for path, found in parts.items():
+        for shard in cells:
+            try:
+                found.append(store.get_table(shard[path]))
+            except DamagedTableError as error:
+                damaged.append(error)
+    if damaged:
+        raise DamagedTableError(f"{damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
+    return Outcomes.from_tables([(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()])
+
+
+def outcomes_key(plan: SweepPlan, exits: FittedExits, calibration: Calibration, split: SplitName) -> str:
+    """Fingerprint of what `outcomes_of` gives: the keys of all its tables."""
+    cells = _cells_by_shard(plan, exits, calibration, split)
+    return fingerprint([[str(path), [shard[path].key for shard in cells]] for path in plan.tree.paths])
+
+
+def _cells_by_shard(
+    plan: SweepPlan, exits: FittedExits, calibration: Calibration, split: SplitName
+) -> list[dict[Path, Cell]]:
+    return [
+        cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in range(len(plan.shards(split)))
     ]
-    key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
-    return Outcomes.from_tables(tables), key
 
 
 @dataclass(frozen=True)
@@ -256,14 +278,15 @@ def costs_of(
             "repeats": plan.config.cost.repeats,
             "device": device_name(device),
             "threads": torch.get_num_threads(),
-            "code": code_version(("quee_core.costs", "quee_core.quantize.layers")),
+            "code": code_version(("quee_core.costs", "quee_core.quantize.layers", "quee_core.network")),
+            "versions": environment_versions(),
         }
     )
     data = store.get_artefact("milliseconds", key)
     if data is not None:
         return bitops, CostTable.from_json(data.decode())
     measured = measured_table(
-        lambda piece: _runner(plan, network, piece, device),
+        _runner(plan, network, device),
         bits=plan.tree.bits,
         depth=plan.tree.depth,
         batch_size=plan.config.cost.batch,
@@ -275,30 +298,51 @@ def costs_of(
 
 
 def device_name(device: torch.device) -> str:
-    """What a measurement ran on: the GPU's name, or the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    """What a measurement ran on: the GPU's name, or the processor's with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({_processor()}, {torch.get_num_threads()} threads)"
 
 
-def _runner(plan: SweepPlan, network: PathNetwork, piece: Piece, device: torch.device) -> Callable[[], object]:
-    """What runs one piece of the network once on a batch of the data set's own images."""
-    batch = next(plan.batches(plan.splits["fit"])).images
+@functools.cache
+def _processor() -> str:
+    """The processor's model, as far as the system tells."""
+    told = FilePath("/proc/cpuinfo")
+    lines = told.read_text("utf-8").splitlines() if told.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _runner(plan: SweepPlan, network: PathNetwork, device: torch.device) -> Callable[[Piece], Callable[[], object]]:
+    """For each piece of the network, what runs it once on a batch of the data set's own images.
+
+    Tokens at each exit are computed once, at the highest bit-width, and serve every piece that begins there.
+    """
+    batch = next(plan.batches(plan.head_images())).images
     wanted = plan.config.cost.batch
     images = batch.repeat(-(-wanted // len(batch)), 1, 1, 1)[:wanted].to(device)
-    if piece.kind == "stem":
-        return lambda: network.stem(images)
-    tokens = network.stem(images)
-    for index in range(piece.index - (piece.kind == "segment")):
-        tokens = network.run(index, max(plan.tree.bits), tokens)
-    if piece.kind == "segment":
-        return lambda: network.run(piece.index - 1, piece.bits, tokens)
-    return lambda: network.answer(piece.index, tokens)
+    tokens = [network.stem(images)]
+    for index in range(plan.tree.depth):
+        tokens.append(network.run(index, max(plan.tree.bits), tokens[-1]))
+
+    def prepare(piece: Piece) -> Callable[[], object]:
+        if piece.kind == "stem":
+            return lambda: network.stem(images)
+        if piece.kind == "segment":
+            return lambda: network.run(piece.index - 1, piece.bits, tokens[piece.index - 1])
+        return lambda: network.logits(piece.index, tokens[piece.index])
+
+    return prepare
 
 
 def stored_floats(
     store: Store, kind: str, depends_on: list[object], measure: Callable[[], tuple[float, ...]]
 ) -> tuple[float, ...]:
-    """Figures that were measured once and are kept, so that a rerun of the same work reports the same."""
-    key = fingerprint(depends_on)
+    """Figures that were measured once and are kept, so that a rerun of the same work reports the same.
+
+    They depend on the code of gates and on the libraries below it, too.
+    """
+    key = fingerprint([depends_on, code_version(("quee_core.gate_costs", *_GRID_CODE)), environment_versions()])
     data = store.get_artefact(kind, key)
     if data is None:
         data = json.dumps(measure()).encode()

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quee_core.errors import DamagedTableError, StoreError
 from quee_core.fingerprints import canonical_json
 from quee_core.tables import SCHEMA_VERSION, Cell, check_table, from_parquet_bytes, to_parquet_bytes
-from quee_core.whole_files import disk_faults, is_temporary, whole_file
+from quee_core.whole_files import check_room, disk_faults, is_temporary, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,24 @@ class Store:
             raise StoreError(f"store {text}: {root} is a file; name a folder")
         return cls(fs, root)
 
+    @property
+    def url(self) -> str:
+        """Where the store is, in full: what opens it from any working folder."""
+        return str(self._fs.unstrip_protocol(self._root))
+
+    def check_room(self, size: int) -> None:
+        """See that the store takes a file, on a local disk one of `size` bytes; none is left behind.
+
+        Raises StoreError that names the store's root.
+        """
+        if self._local:
+            check_room(FilePath(self._root), size)
+            return
+        place = self._full(f".room.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        with disk_faults(self._root, "written"):
+            self._fs.pipe_file(place, b"")
+            self._fs.rm_file(place)
+
     def put_table(self, cell: Cell, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
         """Publish a cell's table, whole or not at all. One that is there and whole is kept: the first writer wins.
 
@@ -138,7 +156,7 @@ class Store:
         self._publish(_table_entry(cell), to_parquet_bytes(table, facts), rows=table.num_rows)
 
     def get_table(self, cell: Cell) -> pa.Table:
-        """A cell's table, its checksum and rows compared with the manifest.
+        """A cell's table: checksum and rows compared with the manifest, columns with the schema, its cell with `cell`.
 
         Raises DamagedTableError that names a damaged one and the reason, having set it aside; StoreError if there is
         none, or it can't be read.
@@ -147,7 +165,7 @@ class Store:
         place = self._full(entry.location)
         try:
             found = self._read(entry)
-            table = None if found is None else from_parquet_bytes(found)
+            table = None if found is None else _table_of(cell, found)
         except DamagedTableError as error:
             target = self._quarantine_entry(entry, str(error))
             raise DamagedTableError(
@@ -421,6 +439,17 @@ def _whole(manifest: Manifest, data: bytes | None) -> bytes:
         if rows != manifest.rows:
             raise DamagedTableError(f"{rows} rows, its manifest says {manifest.rows}")
     return data
+
+
+def _table_of(cell: Cell, data: bytes) -> pa.Table:
+    """The table in a Parquet file of `cell`. Raises DamagedTableError with the reason if it is another one."""
+    table = from_parquet_bytes(data)
+    stated = table.schema.metadata or {}
+    for field, value in cell.describe().items():
+        if (found := stated.get(field.encode())) != str(value).encode():
+            name = "missing" if found is None else repr(found.decode(errors="replace"))
+            raise DamagedTableError(f"its file belongs elsewhere: {field} is {name}, not {str(value)!r}")
+    return table
 
 
 def _basename(path: str) -> str:

@@ -33,7 +33,7 @@ from quee_core.grid import GateFit, GridPoint, assemble, mean_quality, targets_o
 from quee_core.paths import FULL_PRECISION, ROOT, Path
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy
-from quee_core.record import GridRow, SegmentCost, StageTiming, SweepRecord
+from quee_core.record import GridRow, SegmentCost, SweepRecord
 from quee_core.tables import Outcomes
 
 _EVALUATION_CODE = ("quee_core.evaluation", "quee_core.gates", "quee_core.fronts", "quee_core.summary")
@@ -102,10 +102,9 @@ def summarise(
     winner_gates: tuple[Sequence[float], Sequence[float]],
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
-    timings: Sequence[StageTiming],
     device: str,
 ) -> SweepRecord:
-    """The record of a sweep.
+    """The record of a sweep, without timings.
 
     tables: BitOps and milliseconds; winner_gates: the winner's gates in both. outcomes: target, select and test.
     """
@@ -152,7 +151,7 @@ def summarise(
         segment_costs=segment_costs(plan, exits, tables, winner.policy, winner_gates),
         uniform_accuracies=uniform_accuracies(priced, test),
         grid=winner.rows,
-        timings=tuple(timings),
+        timings=(),
         config=config.model_dump(mode="json"),
         versions=library_versions(),
         seeds={

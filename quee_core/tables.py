@@ -375,6 +375,11 @@ class Outcomes:
             raise DamagedTableError(f"{folder}: not outcomes that quee saved: {error}; remove the folder") from error
 
 
+def is_saved(folder: FilePath) -> bool:
+    """Whether `Outcomes.save` finished there."""
+    return (folder / _PATHS).is_file()
+
+
 _ARRAYS = tuple(field.name for field in fields(Outcomes) if field.name != "paths")
 
 

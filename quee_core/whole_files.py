@@ -22,6 +22,7 @@ _ADVICE = {
     errno.EPERM: "it is not permitted; change the permissions or name another place",
     errno.ENOTDIR: "a file stands where a folder is needed; move it or name another place",
     errno.EEXIST: "a file stands where a folder is needed; move it or name another place",
+    errno.ENOENT: "there is no such place, and it cannot be made; name another place",
     errno.EISDIR: "a folder stands where a file is needed; move it or name another place",
     errno.ENAMETOOLONG: "a name is too long for the file system; shorten it or the path to it",
 }
@@ -55,6 +56,22 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Make `folder`, and see that a file of `size` bytes fits there; none is left behind.
+
+    What is going to write for hours asks before it starts. Raises StoreError that names the folder if it can't be
+    made or written to, or has no room.
+    """
+    temporary = folder / f".room.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    with disk_faults(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:

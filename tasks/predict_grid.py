@@ -12,22 +12,23 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.data.splits import SplitName
+from quee_core.errors import ServerError
 from quee_core.grid import GateFit, grid_points
 from quee_core.paths import PathTree
 from quee_core.record import StageTiming
 from quee_core.stages import GridUnit, Work, fit_unit, grid_inputs_key, grid_units
 from quee_core.store import Store
 from quee_core.tables import Outcomes
+from tasks.assemble import Assembled
 from tasks.progress import advance, stage
-from tasks.resolved import plan_of
+from tasks.resolved import plan_of, store_of
 
 STAGE = "fit the grid"
 
 
 @task(task_run_name="predict-grid-{sweep.name}", cache_policy=NO_CACHE)
-def predict_grid(
-    sweep: SweepConfig, folders: dict[str, FilePath], outcomes_key: str
-) -> tuple[list[GateFit], StageTiming]:
+def predict_grid(sweep: SweepConfig, assembled: Assembled) -> tuple[list[GateFit], StageTiming]:
     """Fit every point of the grid at every gate; finished units are in the store at once, and are not fitted again."""
     tree = plan_of(sweep).tree
     units = grid_units(grid_points(sweep), tree)
@@ -37,10 +38,10 @@ def predict_grid(
             _fit,
             units,
             tree=tree,
-            folders=folders,
+            folders=assembled.folders,
             seed=sweep.seed,
-            store=sweep.run.store,
-            inputs_key=grid_inputs_key(outcomes_key),
+            store=store_of(sweep).url,  # absolute: a worker may run elsewhere
+            inputs_key=grid_inputs_key(assembled.fitted_on),
             pure=False,
         )
         for _, (found, done) in as_completed(pending, with_results=True):
@@ -51,9 +52,10 @@ def predict_grid(
 
 
 def _fit(
-    unit: GridUnit, *, tree: PathTree, folders: dict[str, FilePath], seed: int, store: str, inputs_key: str
+    unit: GridUnit, *, tree: PathTree, folders: dict[SplitName, FilePath], seed: int, store: str, inputs_key: str
 ) -> tuple[list[GateFit], Work]:
-    """Runs in a worker: the features are mapped from disk there, not shipped."""
+    """Runs in a worker, on one thread: the features are mapped from disk there, not shipped."""
+    torch.set_num_threads(1)
     target, select = (_mapped(folders[split], inputs_key) for split in ("target", "select"))
     return fit_unit(unit, tree, target, select, seed, Store.open(store), inputs_key)
 
@@ -68,7 +70,13 @@ def _client(sweep: SweepConfig) -> Iterator[Client]:
     """The scheduler at `run.dask`, or a cluster of threads in this process, each fit on one thread of torch."""
     logging.getLogger("distributed").setLevel(logging.WARNING)
     if sweep.run.dask is not None:
-        with Client(sweep.run.dask) as client:
+        try:
+            client = Client(sweep.run.dask)
+        except (OSError, ValueError) as error:
+            raise ServerError(
+                f"run.dask: no scheduler answers at {sweep.run.dask} ({error}); start one, or leave run.dask out"
+            ) from None
+        with client:
             yield client
         return
     threads = torch.get_num_threads()

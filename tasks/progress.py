@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import Protocol
 
 from quee_core.record import StageTiming
@@ -23,8 +23,8 @@ class Listener(Protocol):
     def advance(self, stage: str, steps: int) -> None:
         """`steps` more are done."""
 
-    def end(self, stage: str, note: str) -> None:
-        """The stage is over."""
+    def end(self, stage: str, note: str, *, whole: bool) -> None:
+        """The stage is over; `whole` if it was neither failed nor stopped."""
 
 
 class LogListener:
@@ -37,12 +37,17 @@ class LogListener:
     def advance(self, stage: str, steps: int) -> None:
         """Steps are not logged: there are thousands."""
 
-    def end(self, stage: str, note: str) -> None:
+    def end(self, stage: str, note: str, *, whole: bool) -> None:  # noqa: ARG002 (the note says it)
         """Log the end."""
         logger.info("%s: %s", stage, note)
 
 
+class Stopped(BaseException):
+    """The sweep was interrupted, so a thread that still works for it ends; no fault that a retry could mend."""
+
+
 _listener: ContextVar[Listener] = ContextVar("quee_progress_listener")
+_interrupted = Event()
 _DEFAULT = LogListener()
 
 
@@ -57,7 +62,9 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def advance(stage: str, steps: int) -> None:
-    """Tell the listener that `steps` more of `stage` are done."""
+    """Tell the listener that `steps` more of `stage` are done. Raises Stopped once the sweep is interrupted."""
+    if _interrupted.is_set():
+        raise Stopped
     _listener.get(_DEFAULT).advance(stage, steps)
 
 
@@ -93,14 +100,24 @@ class StageClock:
 
 @contextmanager
 def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time.monotonic) -> Iterator[StageClock]:
-    """Announce a stage, time it, and announce its end, also when it fails."""
+    """Announce a stage, time it, and announce its end, also when it fails.
+
+    An interruption reaches the main thread alone; it is passed on to those that work for the stage, which would else
+    walk through the images to the end of their shard.
+    """
+    _interrupted.clear()
     listener = _listener.get(_DEFAULT)
     listener.begin(name, total, unit)
     work = StageClock(name, unit, clock())
-    note = "failed"
+    note, whole = "failed", False
     try:
         yield work
-        note = f"{work.computed} computed, {work.reused} from the store"
+        note, whole = f"{work.computed} computed, {work.reused} from the store", True
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            _interrupted.set()
+            note = "stopped"
+        raise
     finally:
         work.seconds = clock() - work.started
-        listener.end(name, f"{note}, {work.seconds:.1f} s")
+        listener.end(name, f"{note}, {work.seconds:.1f} s", whole=whole)

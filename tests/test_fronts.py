@@ -362,13 +362,24 @@ def test_a_rate_of_none_or_all_is_not_certain() -> None:
     mean, low, high = paired_bootstrap(rows, resamples=100, seed=0, differences=[False, False])
     assert mean == [0, 1]
     assert (low[0], high[0]) == wilson_interval(0, 50)
-    assert (low[1], high[1]) == wilson_interval(50, 50)
+    assert (low[1], high[1]) == pytest.approx(wilson_interval(50, 50), rel=1e-15)
 
 
 def test_two_methods_that_never_differed_may_still_differ_either_way() -> None:
     [mean], [low], [high] = paired_bootstrap(np.zeros((1, 50)), resamples=100, seed=0, differences=[True])
     assert mean == 0
     assert high == -low == wilson_interval(0, 50)[1]
+
+
+def test_a_share_that_every_image_has_is_not_certain_either() -> None:
+    """A front that is always right, but for the costs below its first point, contributes 0.98 for every image."""
+    unseen = wilson_interval(0, 50)[1]
+    rows = np.stack([np.full(50, 0.98), np.full(50, 1 - 2**-53), np.full(50, -0.02)])
+    mean, low, high = paired_bootstrap(rows, resamples=100, seed=0, differences=[False, False, True])
+    assert (low[0], high[0]) == pytest.approx((0.98 * (1 - unseen), 0.98 + 0.02 * unseen))
+    assert (low[1], high[1]) == pytest.approx(wilson_interval(50, 50))
+    assert (low[2], high[2]) == pytest.approx((-0.02 - unseen, -0.02 + unseen))
+    assert mean == pytest.approx([0.98, 1, -0.02])
 
 
 def test_a_row_with_nothing_at_some_budget_stays_nothing() -> None:

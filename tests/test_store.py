@@ -94,6 +94,12 @@ def publish(store: Store, count: int) -> list[Cell]:
 # What a store is
 
 
+def test_asking_for_room_leaves_nothing_behind(store: Store, place: Place) -> None:
+    before = place.files()
+    store.check_room(1_000_000)
+    assert place.files() == before
+
+
 def test_tables_come_back_as_they_were_put(store: Store) -> None:
     cells = publish(store, 12)
     for number, cell in enumerate(cells):

@@ -31,7 +31,7 @@ class Predictor(ABC):
 
     name: ClassVar[str]
     options_model: ClassVar[type[Options]]
-    discretises: ClassVar[bool] = False  # makes clusters of its own, so that it is fitted to labels (K = ∞)
+    discretises: ClassVar[bool] = False  # makes clusters, as options say: clusters, shrinkage, algorithm; K = ∞ for it
 
     options: Options
     standardizer: Standardizer
@@ -105,6 +105,11 @@ class Predictor(ABC):
         if tried.shape != (1, predictor.paths):
             raise DamagedTableError(f"predictor {cls.name}: predicts {tried.shape[1]} paths, not {predictor.paths}")
         return predictor
+
+    @property
+    def least_images(self) -> int:
+        """Fewest images that it can be fitted to with its options."""
+        return 1
 
     @property
     @abstractmethod

@@ -36,6 +36,11 @@ class NearestClusterPredictor(Predictor):
     rates: NDArray[np.float64]  # [K, P]
 
     @property
+    def least_images(self) -> int:
+        """K: a cluster is made of one image or more."""
+        return self.options.clusters
+
+    @property
     def macs(self) -> int:
         """Scaling, and the distance to every centre."""
         return self.features + self.clustering.centres.size

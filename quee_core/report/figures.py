@@ -449,7 +449,8 @@ def _label_clusters(clusters: int | None) -> str:
 
 
 def _grid_hover(row: GridRow) -> str:
-    setting = "<br>".join(f"{plotly_text(k)}: {plotly_text('∞' if v is None else v)}" for k, v in row.point.items())
+    known = {k: _clusters(row) if k == "clusters" else v for k, v in row.point.items()}
+    setting = "<br>".join(f"{plotly_text(k)}: {plotly_text(v)}" for k, v in known.items() if v is not None)
     return (
         f"{setting}<br>mean accuracy {percent(row.hypervolume, 2)}<br>ECE {percent(row.ece, 2)}"
         + (f"<br>Brier {row.brier:.4f}" if row.brier is not None else "")

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from quee_core.record import DropRow, GridRow, SegmentCost, SweepRecord
 from quee_core.report import figures, palette, wording
-from quee_core.report.summary import full_accuracy, summarise
+from quee_core.report.summary import NO_INTERVAL, full_accuracy, summarise
 
 TOP_ROWS = 10  # of a long table; the rest is there on demand
 
@@ -45,6 +45,7 @@ def render(record: SweepRecord) -> str:
             record=record,
             summary=summarise(record),
             full_accuracy=full_accuracy(record),
+            no_interval=NO_INTERVAL,
             data_json=_script_json(
                 {
                     "figures": {name: _plain(figure) for name, figure in shown.items()},

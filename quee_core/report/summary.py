@@ -1,7 +1,7 @@
 """The first screen in words: is the front better than what one has, by how much, and can it be trusted.
 
-Every sentence follows from intervals that the record holds; none is worded more strongly than its interval allows,
-and a loss is said as plainly as a gain.
+Every verdict follows from intervals that the record holds; none is worded more strongly than its interval allows,
+a figure that has none says so, and a loss is said as plainly as a gain.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from quee_core.record import BudgetRow, FrontRecord, SweepRecord
 from quee_core.report.wording import DASH, Outcome, interval, method_name, outcome, percent, points
 
 HEADLINE_DROP = 0.01
+NO_INTERVAL = "read off the test front, so without an interval"  # costs near full accuracy
 LATE_START = 0.002  # relative cost; a narrower gap hardly moves the mean over all costs
 Verdict = Literal["better", "worse", "mixed", "undecided", "unknown"]
 
@@ -159,7 +160,7 @@ def _saving_tile(record: SweepRecord) -> Tile:
     costs = {drop: cost for drop, cost in own.items() if cost is not None}
     if not costs:
         within = f"comes within {100 * max(own):g} points of" if own and max(own) else "reaches"
-        detail = f"QuEE never {within} {model}." if own else "Not recorded."
+        detail = f"QuEE never {within} {model}; {NO_INTERVAL}." if own else "Not recorded."
         return Tile(question, DASH, detail, "worse" if own else "unknown")
     drop = HEADLINE_DROP if HEADLINE_DROP in costs else min(costs)
     rivals = [row for row in record.drops if row.method != "quee" and row.drop == drop and row.cost is not None]
@@ -171,7 +172,8 @@ def _saving_tile(record: SweepRecord) -> Tile:
     )
     short = "; never as accurate as that model" if 0.0 in own and own[0.0] is None else ""
     loss = f"at most {100 * drop:g} point{'' if drop == 0.01 else 's'} below" if drop else "no accuracy below"
-    return Tile(question, percent(costs[drop]), f"of the full cost, for {loss} {model}; {rival}{short}", "unknown")
+    detail = f"of the full cost, for {loss} {model}; {rival}{short}; {NO_INTERVAL}"
+    return Tile(question, percent(costs[drop]), detail, "unknown")
 
 
 def _trust(record: SweepRecord) -> Tile:

@@ -1,0 +1,63 @@
+"""Prefect's temporary server, as a process that no signal to the sweep reaches, and that does not outlive it.
+
+Prefect starts it where no PREFECT_API_URL is set. As a plain child it would get the Ctrl-C that is meant for the
+sweep, which then waits minutes for it to take note of the interruption; and it would stay for good if the sweep is
+killed. `python -m flows.prefect_server` is that child: uvicorn in a session of its own, ended by the kernel with its
+parent.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import prefect
+import uvicorn
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import get_current_settings
+
+from quee_core.errors import ServerError
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_EPHEMERAL = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+
+
+class OwnServer(SubprocessASGIServer):
+    """The server that Prefect's clients of this process find and start; one for each process.
+
+    Made in the main thread before the first client, it stands in the place of Prefect's own.
+    """
+
+    def start(self, timeout: int | None = None) -> None:
+        """Start it unless it runs. Raises ServerError if it does not answer in time."""
+        try:
+            super().start(timeout)
+        except RuntimeError as error:
+            raise ServerError(
+                f"Prefect's temporary server does not start ({error}); see that {get_current_settings().home} has room "
+                "and can be written, or set PREFECT_API_URL to a server that runs"
+            ) from error
+
+    def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
+        root = Path(prefect.__file__).parents[1]
+        arguments = ["--app-dir", str(root), "--factory", "prefect.server.api.server:create_app"]
+        arguments += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.prefect_server", *arguments], env={**os.environ, **_EPHEMERAL, **settings}
+        )
+
+
+def main() -> None:
+    """Detach from the terminal of the parent, and serve until it ends."""
+    os.setsid()
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError("prctl: the kernel does not end a process with its parent")
+    uvicorn.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Assembly: the tables of all paths as arrays on disk, which every later stage maps."""
+
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from quee_core.config import SweepConfig
+from quee_core.data.splits import SplitName
+from quee_core.plan import WALKED
+from quee_core.record import StageTiming
+from quee_core.runs import remove_other_folders
+from quee_core.stages import outcomes_key, outcomes_of
+from quee_core.tables import is_saved
+from tasks.progress import advance, stage
+from tasks.resolved import network_for, plan_of, store_of
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Folders of the outcomes, by split; fingerprints of those that are fitted and chosen on, and of `test`."""
+
+    folders: dict[SplitName, FilePath]
+    fitted_on: str
+    tested_on: str
+
+
+@task(task_run_name="assemble-{sweep.name}", cache_policy=NO_CACHE)
+def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, StageTiming]:
+    """Read each split's tables into memory-mapped arrays below `folder`; those of other tables are removed."""
+    plan, store = plan_of(sweep), store_of(sweep)
+    _, exits, calibration = network_for(sweep)
+    folders, keys = {}, {}
+    with stage("assemble tables", len(WALKED), "splits") as work:
+        for split in WALKED:
+            outcomes = outcomes_of(plan, store, exits, calibration, split)  # read in any case: it finds damage
+            keys[split] = outcomes_key(plan, exits, calibration, split)
+            folders[split] = folder.resolve() / f"{split}-{keys[split][:16]}"
+            if is_saved(folders[split]):
+                work.count(reused=1)
+            else:
+                outcomes.save(folders[split])
+                work.count(computed=1)
+            advance("assemble tables", 1)
+        remove_other_folders(folder.resolve(), folders.values())
+    return Assembled(folders, keys["target"] + keys["select"], keys["test"]), work.timing()
