@@ -37,7 +37,7 @@ RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its f
 @flow(
     name="quee",
     flow_run_name="{sweep.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=BRANCHES_AT_A_TIME),
+    task_runner=ThreadPoolTaskRunner(max_workers=BRANCHES_AT_A_TIME),  # type: ignore[arg-type]  # Prefect's generics
     validate_parameters=True,
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)

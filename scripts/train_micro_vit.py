@@ -110,13 +110,15 @@ def train(
     after_epoch: Callable[[nn.Module], None],
 ) -> nn.Module:
     """Run one phase on `model` through `forward`, which shares its weights; returns the averaged model."""
+    dropout = PatchDropout(0.5, num_prefix_tokens=1)
+    model.patch_drop = dropout
     averaged = copy.deepcopy(model)
     optimisers = optimisers_of(model, phase)
     steps_per_epoch = len(images) // batch_size
     total_steps = phase.epochs * steps_per_epoch
     step, started = 0, time.monotonic()
     for epoch in range(phase.epochs):
-        model.patch_drop.prob = phase.drop_at(epoch / phase.epochs)
+        dropout.prob = phase.drop_at(epoch / phase.epochs)
         model.train()
         losses = []
         order = torch.randperm(len(images), generator=rng)
@@ -180,7 +182,6 @@ def main() -> None:
             torch.manual_seed(args.seed + number - 1)
             say(f"phase {number}: {phase}, seed {args.seed + number - 1}, {len(images)} images, batch {args.batch}")
             say(f"torch {torch.__version__}, {sum(p.numel() for p in model.parameters())} parameters")
-            model.patch_drop = PatchDropout(0.5, num_prefix_tokens=1)
             forward = torch.compile(model) if args.compile else model
 
             def after_epoch(averaged: nn.Module) -> None:

@@ -26,7 +26,9 @@ from quee_core.backbones import (
     segment,
 )
 from quee_core.backbones.micro_vit import micro_vit
+from quee_core.config import SweepConfig
 from quee_core.errors import BackboneError, CheckpointError
+from quee_core.plan import resolve
 
 # timm's real architectures, made shallow and small: name, overrides, prefix tokens
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -236,6 +238,18 @@ def test_the_shipped_backbone_loads_and_is_frozen() -> None:
     assert not loaded.backbone.training
     assert not any(p.requires_grad for p in loaded.backbone.parameters())
     assert load_backbone("micro_vit_fashion_mnist", exits=[8]).fingerprint == loaded.fingerprint
+
+
+def test_the_shipped_backbone_knows_its_data_set() -> None:
+    plan = resolve(SweepConfig())
+    right = tested = 0
+    with torch.inference_mode():
+        for batch in plan.batches(plan.splits["test"]):
+            answers = plan.loaded.backbone(batch.images).argmax(1)
+            right += int((answers == torch.from_numpy(batch.labels)).sum())
+            tested += len(answers)
+    assert tested == 10_000
+    assert right / tested >= 0.925
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,29 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 from PIL import Image
+from plotly.io.json import to_json_plotly
 from safetensors.torch import save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flows.cli import app
 from quee_core.backbones.micro_vit import micro_vit
 from quee_core.record import SweepRecord
+from quee_core.report.figures import all_figures
 from tests.conftest import small_config
 
 QUEE = Path(sys.executable).with_name("quee")
+ALL: Any = get_command(app)
+COMMANDS: dict[tuple[str, ...], Any] = {(): ALL} | {(name,): command for name, command in ALL.commands.items()}
 
 
 def run(*arguments: object, folder: Path, timeout: float = 420) -> subprocess.CompletedProcess[str]:
@@ -47,6 +55,39 @@ def refused(folder: Path, *arguments: object) -> str:
     return lines[0]
 
 
+def tracked_runs(folder: Path, record: SweepRecord) -> tuple[MlflowClient, list[Run]]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(f"{record.backbone} on {record.dataset}")
+    assert experiment is not None
+    return client, list(client.search_runs([experiment.experiment_id]))
+
+
+def check_tracked(folder: Path, record: SweepRecord) -> set[str]:
+    """MLflow's parent run holds the record, the report and its figures; its children are the grid. Returns all ids."""
+    client, tracked = tracked_runs(folder, record)
+    [parent] = [run for run in tracked if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in tracked if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert parent.info.run_name == record.name
+    assert {run.info.status for run in tracked} == {"FINISHED"}
+
+    figures = all_figures(record)
+    own = parent.info.run_id
+    assert {f"figures/{name}.html" for name in figures} == {f.path for f in client.list_artifacts(own, "figures")}
+    for name, figure in figures.items():
+        page = Path(client.download_artifacts(own, f"figures/{name}.html", str(folder))).read_text("utf-8")
+        assert to_json_plotly(figure.to_plotly_json()["data"]) in page, name
+    report = Path(client.download_artifacts(own, "report.html", str(folder)))
+    assert report.read_bytes() == (folder / "runs" / record.name / "report.html").read_bytes()
+    written = Path(client.download_artifacts(own, "record.json", str(folder)))
+    assert SweepRecord.model_validate_json(written.read_text("utf-8")).fronts == record.fronts
+
+    assert len(children) == len(record.grid)
+    points = [{name: str(value) for name, value in row.point.items()} for row in record.grid]
+    assert sorted(map(str, points)) == sorted(str({k: run.data.params[k] for k in points[0]}) for run in children)
+    return {run.info.run_id for run in tracked}
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own query
 @pytest.mark.xdist_group("sweep")
 def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> None:
     config = written(tmp_path)
@@ -57,6 +98,7 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert all(row.low <= row.accuracy <= row.high for row in record.budgets)
     assert (tmp_path / "runs" / "small" / "report.html").stat().st_size > 1_000_000
     assert not any(row.failure for row in record.grid)
+    tracked = check_tracked(tmp_path, record)
 
     second = run("sweep", config, "--json", folder=tmp_path)
     assert second.returncode == 0, second.stderr
@@ -65,6 +107,7 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert computed["calibrate"] == computed["train heads"] == computed["extract"] == computed["fit the grid"] == 0
     assert again.fronts == record.fronts
     assert again.budgets == record.budgets
+    assert {r.info.run_id for r in tracked_runs(tmp_path, record)[1]} == tracked, "a rerun is not tracked again"
 
     shown = run("report", "small", folder=tmp_path)
     assert shown.returncode == 0
@@ -82,8 +125,21 @@ def test_lists_and_version(tmp_path: Path) -> None:
     assert {"fashion_mnist", "folder"} <= {
         row["name"] for row in json.loads(run("datasets", "--json", folder=tmp_path).stdout)
     }
-    for command in ("sweep", "plan", "report", "backbones", "datasets"):
-        assert "--help" in run(command, "--help", folder=tmp_path).stdout
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(("quee", *words)))
+def test_every_command_option_and_argument_has_help(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = COMMANDS[words]
+    assert command.help
+    assert [p.name for p in command.params if not (getattr(p, "help", None) or "").strip()] == []
+    shown = CliRunner().invoke(app, [*words, "--help"]).stdout.split()
+    names = [name for p in command.params for name in (*p.opts, *p.secondary_opts)]
+    assert [name for name in names if name.startswith("-") and name not in shown] == []
+    if not words:
+        assert {"sweep", "plan", "report", "route", "backbones", "datasets"} <= set(shown)
 
 
 @pytest.mark.parametrize(

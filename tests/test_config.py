@@ -1,10 +1,13 @@
 """A sweep's configuration: every fault is named with its file, its field and what would be right."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from quee_core.config import SweepConfig, load_config, parse_config
 from quee_core.errors import ConfigError
@@ -34,7 +37,9 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"prices": {"lowest": 2, "highest": 1}}, r"prices: lowest 2 is above highest 1"),
         ({"dataset": {"fit": 0.9}}, r"dataset: fit \+ target"),
         ({"targets": {"clusters": [0]}}, r"targets.clusters: \[0\]"),
-        ({"predictors": []}, r"predictors: .*at least 1"),
+        ({"predictors": []}, r"predictors: 0 given; want at least 1"),
+        ({"evaluation": {"budgets": []}}, r"evaluation.budgets: 0 given; want at least 1"),
+        ({"targets": {"shrinkage": []}}, r"targets.shrinkage: 0 given; want at least 1"),
         ({"name": "../up"}, r"name: "),
         ({"backbone": {"exits": [0]}}, r"backbone.exits.0"),
     ],
@@ -76,7 +81,21 @@ def test_the_price_grid_ascends_from_zero() -> None:
     assert (np.diff(prices) > 0).all()
 
 
+def settings_of(section: type[BaseModel], place: str = "") -> Iterator[tuple[str, str | None]]:
+    """Every section and setting below `section` with its description: of a section the docstring, else the field's."""
+    for name, field in section.model_fields.items():
+        inner = [c for c in (field.annotation, *get_args(field.annotation)) if isinstance(c, type)]
+        models = [c for c in inner if issubclass(c, BaseModel)]
+        for model in models:
+            yield f"{place}{name}", model.__doc__
+            yield from settings_of(model, f"{place}{name}.")
+        if field.annotation not in models:
+            yield f"{place}{name}", field.description
+
+
 def test_every_setting_says_what_it_is() -> None:
-    schema = SweepConfig.model_json_schema()
-    for name, section in schema["$defs"].items():
-        assert section.get("description"), name
+    described = list(settings_of(SweepConfig))
+    assert {"dataset.fit", "predictors", "predictors.features", "evaluation", "run.dask", "seed"} <= {
+        place for place, _ in described
+    }
+    assert [place for place, text in described if not (text or "").strip()] == []

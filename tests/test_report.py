@@ -433,6 +433,34 @@ def test_accuracy_that_is_never_reached_is_said_first() -> None:
         assert ("never as accurate" in tile.detail) == said
 
 
+def test_costs_near_full_accuracy_say_that_they_have_no_interval() -> None:
+    record = record_of("realistic")
+    assert "without an interval" in summarise(record).tiles[1].detail
+    never = tuple(row.model_copy(update={"cost": None}) for row in record.drops)
+    tile = summarise(record.model_copy(update={"drops": never})).tiles[1]
+    assert tile.value == "–"
+    assert "without an interval" in tile.detail
+    shown = re.sub(r"<script.*?</script>", "", rendered("realistic"), flags=re.DOTALL)
+    [table] = [t for t in re.findall(r"<table>.*?</table>", shown, re.DOTALL) if "full path’s" in t]
+    assert "without an interval" in table.partition("</caption>")[0]
+
+
+def test_the_grid_tells_k_and_how_clusters_were_made_only_where_there_are_any() -> None:
+    record = record_of("realistic")
+    drawn = [trace for trace in figures.grid(record).data if trace.showlegend]
+    told = {(trace.name, x): hover for trace in drawn for x, hover in zip(trace.x, trace.hovertext, strict=True)}
+    fitted = [row for row in record.grid if row.failure is None]
+    assert len(told) == len(fitted)
+    assert [x for name, x in told if name.startswith("nearest_cluster")] == ["20"]
+    for (_, x), hover in told.items():
+        assert f"clusters: {x}<br>" in hover
+        assert ("shrinkage: 5.0" in hover) == ("algorithm: kmeans" in hover) == (x != "∞")
+        assert hover.count("∞") == (x == "∞")
+    shown = re.sub(r"<script.*?</script>", "", rendered("realistic"), flags=re.DOTALL)
+    [table] = [t for t in re.findall(r"<table>.*?</table>", shown, re.DOTALL) if ">clustering_features<" in t]
+    assert table.count("<td>∞</td>") == sum(row.point["clusters"] is None for row in record.grid)
+
+
 def test_a_bit_width_has_one_colour_in_all_figures() -> None:
     record = record_of("realistic")
     own = {

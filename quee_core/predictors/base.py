@@ -31,7 +31,7 @@ class Predictor(ABC):
 
     name: ClassVar[str]
     options_model: ClassVar[type[Options]]
-    discretises: ClassVar[bool] = False  # makes clusters, as options say: clusters, shrinkage, algorithm; K = ∞ for it
+    discretises: ClassVar[bool] = False  # clusters by itself (options clusters, shrinkage, algorithm); targets: K = ∞
 
     options: Options
     standardizer: Standardizer
