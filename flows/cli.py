@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.messages import log_to_stderr, reporting_faults
 from quee_core import __version__
-from quee_core.errors import ConfigError
+from quee_core.errors import ConfigError, did_you_mean
 from quee_core.record import SweepRecord
 from quee_core.whole_files import check_room
 
@@ -184,6 +184,8 @@ def backbones(
     from quee_core.backbones.registry import list_backbones
 
     names = list_backbones(pattern)
+    if not names:
+        raise ConfigError(f"no backbone matches {pattern!r}; {did_you_mean(pattern, list_backbones())}")
     typer.echo(json.dumps(names) if as_json else "\n".join(names))
 
 

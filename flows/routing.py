@@ -45,8 +45,9 @@ def route_files(deployed: DeployedRouter, files: Sequence[Path], price: float, b
 
 
 def print_answers(answers: Sequence[FileAnswer], price: float, console: Console) -> None:
-    """A table on a terminal, tab-separated lines elsewhere."""
+    """A table on a terminal, tab-separated lines under a header elsewhere."""
     if not console.is_terminal:
+        console.print("file\tlabel\tprobability\tpath\tcost", highlight=False, soft_wrap=True)
         for a in answers:
             line = f"{a.file}\t{a.label}\t{a.probability:.4f}\t{a.path}\t{a.cost:.4f}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -250,7 +250,9 @@ def load_config(path: FilePath) -> SweepConfig:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); want a YAML file such as configs/quick.yaml") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); want a YAML file such as configs/quick.yaml"
+        ) from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:

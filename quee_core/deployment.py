@@ -103,8 +103,10 @@ class DeployedRouter:
     def price_for(self, budget: float) -> float:
         """λ of the dearest operating point whose mean relative cost on the test images is within `budget`.
 
-        Raises ConfigError for a budget below the cheapest point.
+        Raises ConfigError for a budget below the cheapest point, or above 1, which is no share of the full cost.
         """
+        if not budget <= 1:
+            raise ConfigError(f"budget {budget:g}: want a share of the full path's cost, at most 1, such as 0.4")
         within = [point for point in self.manifest.points if point.cost <= budget]
         if not within:
             cheapest = min((point.cost for point in self.manifest.points), default=float("nan"))
@@ -194,12 +196,13 @@ def save_router(
     return folder / MANIFEST
 
 
-def load_router(folder: FilePath, device: torch.device | str = "cpu") -> DeployedRouter:
+def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> DeployedRouter:
     """The router that `save_router` wrote, on `device`; it takes the decisions, and gives the bits, of the saved one.
 
     Raises StoreError for a folder without one, DamagedTableError that names the file for contents that do not match
     their checksum or are not quee's, BackboneError for an architecture that this installation does not know.
     """
+    folder = FilePath(folder)
     manifest = read_manifest(folder)
     backbone = blank_backbone(
         manifest.architecture.name,

@@ -199,10 +199,10 @@ def resolve(config: SweepConfig) -> SweepPlan:
             f"data set {config.dataset.name} has {classes}; "
             "set backbone.num_classes and backbone.checkpoint to a model of this data set"
         )
-    if config.quantization.images > sum(len(s.positions) for s in splits["fit"]):
+    if config.quantization.images > (held := sum(len(s.positions) for s in splits["fit"])):
         raise ConfigError(
-            f"quantization.images: {config.quantization.images} calibration images, but the fit split has fewer; "
-            "lower it, or raise dataset.fit or dataset.limit"
+            f"quantization.images: {config.quantization.images} calibration images, but the fit split has {held}; "
+            f"set it to {held} or fewer, or raise dataset.fit or dataset.limit"
         )
     for name in WALKED:
         if not splits[name]:

@@ -68,7 +68,11 @@ def find_router(run: str, runs: Path) -> Path:
         if (candidate / "router.json").is_file():
             return candidate
     known = [path.parent.parent.name for path in runs.glob(f"*/{ROUTER}/router.json")]
-    hint = did_you_mean(run, known) if known else f"{runs} holds no router; `quee sweep` writes one for each run"
+    hint = (
+        did_you_mean(run, known)
+        if known
+        else f"{runs.resolve()} holds no router; `quee sweep` writes one for each run, --runs names its folder"
+    )
     raise ConfigError(f"run {run!r}: no router in {runs}; {hint}")
 
 
@@ -81,5 +85,9 @@ def find_record(run: str, runs: Path) -> tuple[SweepRecord, Path]:
         if candidate.is_file():
             return read_record(candidate), candidate.parent
     known = [path.parent.name for path in runs.glob(f"*/{RECORD}")]
-    hint = did_you_mean(run, known) if known else f"{runs} holds no finished run; start one with `quee sweep`"
+    hint = (
+        did_you_mean(run, known)
+        if known
+        else f"{runs.resolve()} holds no finished run; start one with `quee sweep`, or name its folder with --runs"
+    )
     raise ConfigError(f"run {run!r}: not found in {runs}; {hint}")

@@ -191,3 +191,9 @@ def test_a_class_count_that_does_not_fit_the_head_is_told(tmp_path: Path) -> Non
     shares = {"name": "folder", "root": "images", "limit": None, "fit": 0.4, "target": 0.2, "select": 0.2, "test": 0.2}
     config = written(tmp_path, dataset=shares)
     assert "3" in refused(tmp_path, "plan", config)
+
+
+def test_a_pattern_that_no_backbone_matches_is_told() -> None:
+    result = CliRunner().invoke(app, ["backbones", "vit_tinny"])
+    assert result.exit_code == 2
+    assert "no backbone matches 'vit_tinny'" in result.output

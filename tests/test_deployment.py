@@ -163,6 +163,7 @@ class TestRouteCommand:
             (["--price", "-1"], "want finite prices"),
             (["--budget", "0.01"], "the cheapest operating point costs 0.300"),
             (["--price", "1", "--budget", "1"], "give one of the two"),
+            (["--budget", "40"], "at most 1, such as 0.4"),
             (["missing.png"], "missing.png: cannot be read"),
         ],
     )
