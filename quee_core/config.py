@@ -250,9 +250,8 @@ def load_config(path: FilePath) -> SweepConfig:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); want a YAML file such as configs/quick.yaml"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({reason}); want a YAML file such as configs/quick.yaml") from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -154,7 +154,7 @@ def test_every_command_option_and_argument_has_help(
         ({"run": {"device": "tpu"}}, "tpu"),
         ({"quantization": {"method": "mes"}}, "did you mean"),
         ({"predictors": [{"name": "mpl"}]}, "did you mean 'mlp'"),
-        ({"quantization": {"images": 500}}, "fit split has fewer"),
+        ({"quantization": {"images": 500}}, "the fit split has 120; set it to 120 or fewer"),
     ],
 )
 def test_impossible_requests_end_in_one_line(tmp_path: Path, sections: dict, message: str) -> None:
