@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,7 +170,7 @@ def route(
     chosen = deployed.price_for(1.0 if budget is None else budget) if price is None else price
     answers = list(route_files(deployed, images, chosen, batch))
     if as_json:
-        typer.echo(json.dumps([answer.as_dict() for answer in answers], indent=2))
+        typer.echo(json.dumps([asdict(answer) for answer in answers], indent=2))
     else:
         print_answers(answers, chosen, Console())
 

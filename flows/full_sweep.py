@@ -14,6 +14,7 @@ from rich.console import Console
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer
 from quee_core.config import SweepConfig
+from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
 from quee_core.plan import WALKED
 from quee_core.record import StageTiming, SweepRecord
@@ -76,7 +77,7 @@ def extract_all(sweep: SweepConfig) -> StageTiming:
     """Fan out one task per branch of the path tree, split and image shard."""
     plan = plan_of(sweep)
     branches = branches_of(plan)
-    images = sum(len(s.positions) for split, shard, _ in branches for s in plan.shards(split)[shard])
+    images = sum(image_count(plan.shards(split)[shard]) for split, shard, _ in branches)
     with stage(STAGE, images, "images") as work:
         splits, shards, widths = zip(*branches, strict=True)
         futures = extract.map(unmapped(sweep), list(splits), list(shards), list(widths))

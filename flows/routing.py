@@ -1,9 +1,8 @@
 """Image files through a deployed router, and its answers in a terminal."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,10 +22,6 @@ class FileAnswer:
     probability: float
     path: str
     cost: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Fields by name."""
-        return asdict(self)
 
 
 def route_files(deployed: DeployedRouter, files: Sequence[Path], price: float, batch: int) -> Iterator[FileAnswer]:

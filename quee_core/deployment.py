@@ -6,7 +6,7 @@ exits and gates lie beside it as safetensors, each under its checksum. Nothing i
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -22,17 +22,17 @@ from quee_core import __version__
 from quee_core.backbones.registry import blank_backbone
 from quee_core.backbones.segmented import SegmentedBackbone
 from quee_core.data.preprocessing import Preprocessing
-from quee_core.errors import ConfigError, DamagedTableError, StoreError
+from quee_core.errors import ConfigError, DamagedTableError, StoreError, first_misfit
 from quee_core.exits import FittedExits
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy, policy_from_bytes, policy_to_bytes
 from quee_core.quantize.calibration import Calibration, quantize_backbone
 from quee_core.record import SweepRecord
 from quee_core.router import Router
+from quee_core.runs import ROUTER_MANIFEST as MANIFEST
 from quee_core.summary import Winner
 from quee_core.whole_files import disk_faults, whole_file
 
-MANIFEST = "router.json"
 FORMAT = 1
 
 
@@ -60,17 +60,6 @@ class Architecture(_Plain):
     image_size: tuple[int, int]
 
 
-class PreprocessingSettings(_Plain):
-    """The fields of `Preprocessing`."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-
 class RouterManifest(_Plain):
     """`router.json`. costs: relative cost of every path, by its text. points: by ascending cost. files: sha256, hex."""
 
@@ -79,7 +68,7 @@ class RouterManifest(_Plain):
     run: str
     dataset: str
     architecture: Architecture
-    preprocessing: PreprocessingSettings
+    preprocessing: Preprocessing
     class_names: tuple[str, ...]
     bits: tuple[int, ...]
     cost_unit: str
@@ -178,7 +167,7 @@ def save_router(
         architecture=Architecture(
             name=backbone.name, exits=backbone.exits, num_classes=backbone.num_classes, image_size=(height, width)
         ),
-        preprocessing=PreprocessingSettings(**asdict(preprocessing)),
+        preprocessing=preprocessing,
         class_names=class_names,
         bits=policy.tree.bits,
         cost_unit=cost_unit,
@@ -219,8 +208,7 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     quantized = quantize_backbone(backbone.to(device), calibration, manifest.bits).to(device)
     network = exits.network(quantized).to(device)
     costs = np.array([manifest.costs[str(path)] for path in policy.tree.paths])
-    preprocessing = Preprocessing(**manifest.preprocessing.model_dump())
-    return DeployedRouter(Router(network, policy, costs).eval(), preprocessing.transform(), manifest)
+    return DeployedRouter(Router(network, policy, costs).eval(), manifest.preprocessing.transform(), manifest)
 
 
 def read_manifest(folder: FilePath) -> RouterManifest:
@@ -232,9 +220,7 @@ def read_manifest(folder: FilePath) -> RouterManifest:
         with disk_faults(path, "read"):
             manifest = RouterManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise StoreError(f"{path}: not a router of this version of quee: {place}: {first['msg']}") from None
+        raise StoreError(f"{path}: not a router of this version of quee: {first_misfit(error)}") from None
     if manifest.format != FORMAT:
         raise StoreError(f"{path}: format {manifest.format}, this version of quee reads {FORMAT}; export it again")
     return manifest

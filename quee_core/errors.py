@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 
 class QueeError(Exception):
     """Says what was wrong, where, and what to do about it; ends a command with `exit_code`."""
@@ -68,6 +70,13 @@ def fault_behind(error: BaseException) -> QueeError | None:
         seen.add(id(at))
         behind += [e for e in (at.__context__, at.__cause__) if e is not None and id(e) not in seen]
     return None
+
+
+def first_misfit(error: ValidationError) -> str:
+    """The first field of a stored document that is not as its model wants it, and why."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the file"
+    return f"{place}: {first['msg']}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quee_core.data.splits import image_count
 from quee_core.exits import FittedExits
 from quee_core.features import walked_edges
 from quee_core.grid import grid_points
@@ -76,7 +77,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
             absent = set(store.missing(list(cells.values())))
             paths = [path for path in paths if cells[path] in absent]
         left += len(paths)
-        images = sum(len(s.positions) for s in plan.shards(split)[shard])
+        images = image_count(plan.shards(split)[shard])
         edge_images += walked_edges(paths) * images
         size += len(paths) * images * row
     points = grid_points(plan.config)

@@ -6,11 +6,11 @@ from pathlib import Path as FilePath
 
 from pydantic import ValidationError
 
-from quee_core.deployment import MANIFEST
 from quee_core.errors import DamagedTableError
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
 from quee_core.plan import SweepPlan
 from quee_core.record import SweepRecord
+from quee_core.runs import ROUTER_MANIFEST
 from quee_core.store import Store
 
 KIND = "evaluation"
@@ -51,5 +51,5 @@ def keep_evaluation(store: Store, key: str, record: SweepRecord, router: FilePat
 
 def _router_digest(router: FilePath) -> str:
     """sha256 of the router's manifest, which holds those of all its files; empty if there is none."""
-    manifest = router / MANIFEST
+    manifest = router / ROUTER_MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""

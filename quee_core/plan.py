@@ -16,7 +16,7 @@ from quee_core.costs import edge_bits
 from quee_core.data.datasets import ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
-from quee_core.data.splits import Selection, SplitName, choose_splits, subsample
+from quee_core.data.splits import Selection, SplitName, choose_splits, image_count, subsample
 from quee_core.errors import ConfigError, DataError, DeviceError
 from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
 from quee_core.grid import check_clusters
@@ -61,7 +61,7 @@ class SweepPlan:
     @cached_property
     def images(self) -> dict[SplitName, int]:
         """Number of images of each split."""
-        return {name: sum(len(s.positions) for s in parts) for name, parts in self.splits.items()}
+        return {name: image_count(parts) for name, parts in self.splits.items()}
 
     def batches(self, selections: tuple[Selection, ...]) -> Iterator[Batch]:
         """Preprocessed images of `selections`, streamed in order."""
@@ -199,7 +199,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
             f"data set {config.dataset.name} has {classes}; "
             "set backbone.num_classes and backbone.checkpoint to a model of this data set"
         )
-    if config.quantization.images > (held := sum(len(s.positions) for s in splits["fit"])):
+    if config.quantization.images > (held := image_count(splits["fit"])):
         raise ConfigError(
             f"quantization.images: {config.quantization.images} calibration images, but the fit split has {held}; "
             f"set it to {held} or fewer, or raise dataset.fit or dataset.limit"
@@ -207,7 +207,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
     for name in WALKED:
         if not splits[name]:
             raise DataError(f"data set {config.dataset.name}: split {name!r} is empty; change dataset.{name}")
-    check_clusters(config, sum(len(s.positions) for s in splits["target"]))
+    check_clusters(config, image_count(splits["target"]))
     preprocessing = Preprocessing.from_data_config(loaded.preprocessing)
     tree = config.paths.tree(loaded.backbone.depth)
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)

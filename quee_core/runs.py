@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quee_core.errors import ConfigError, StoreError, did_you_mean
+from quee_core.errors import ConfigError, StoreError, did_you_mean, first_misfit
 from quee_core.record import SweepRecord
 from quee_core.whole_files import disk_faults, whole_file
 
 RECORD = "record.json"
 REPORT = "report.html"
 ROUTER = "router"
+ROUTER_MANIFEST = "router.json"
 
 
 def report_path(folder: Path) -> Path:
@@ -54,9 +55,7 @@ def read_record(path: Path) -> SweepRecord:
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise StoreError(f"{path}: not a record of this version of quee: {place}: {first['msg']}") from None
+        raise StoreError(f"{path}: not a record of this version of quee: {first_misfit(error)}") from None
 
 
 def find_router(run: str, runs: Path) -> Path:
@@ -65,9 +64,9 @@ def find_router(run: str, runs: Path) -> Path:
     Raises ConfigError with near names if there is none.
     """
     for candidate in (Path(run), Path(run) / ROUTER, runs / run / ROUTER):
-        if (candidate / "router.json").is_file():
+        if (candidate / ROUTER_MANIFEST).is_file():
             return candidate
-    known = [path.parent.parent.name for path in runs.glob(f"*/{ROUTER}/router.json")]
+    known = [path.parent.parent.name for path in runs.glob(f"*/{ROUTER}/{ROUTER_MANIFEST}")]
     hint = (
         did_you_mean(run, known)
         if known

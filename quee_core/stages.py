@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, edge_bits, measured_table
-from quee_core.data.splits import SplitName
+from quee_core.data.splits import SplitName, image_count
 from quee_core.errors import DamagedTableError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, ignore_progress, uniform_pooled_tokens, walk
@@ -86,7 +86,7 @@ def exits_of(
             quantized,
             plan.batches(chosen),
             plan.head_bits,
-            images=sum(len(s.positions) for s in chosen),
+            images=image_count(chosen),
             scratch=FilePath(scratch),
             on_images=on_images,
         )
@@ -165,9 +165,8 @@ def extract_branch(
     wanted = [path for path, cell in cells.items() if cell in lacking]
     if wanted:
         images = plan.shards(split)[shard]
-        count = sum(len(part.positions) for part in images)
         provenance = plan.provenance | {"calibration": plan.calibration_key, "exits": plan.exits_key}
-        for path, table in walk(network, plan.batches(images), wanted, images=count, on_images=on_images):
+        for path, table in walk(network, plan.batches(images), wanted, images=image_count(images), on_images=on_images):
             store.put_table(cells[path], table, provenance | {"path": str(path)})
     return Work(len(wanted), len(cells) - len(wanted))
 
@@ -181,37 +180,26 @@ def branches_of(plan: SweepPlan) -> list[tuple[SplitName, int, int]]:
 
 def outcomes_of(
     plan: SweepPlan, store: Store, exits: FittedExits, calibration: Calibration, split: SplitName
-) -> Outcomes:
-    """All paths' answers on a split, out of the store's tables.
+) -> tuple[Outcomes, str]:
+    """All paths' answers on a split, out of the store's tables, and the fingerprint of what they are.
 
     Raises DamagedTableError, having set every damaged table of the split aside; extraction then fills the gaps.
     """
-    cells = _cells_by_shard(plan, exits, calibration, split)
+    shards = range(len(plan.shards(split)))
+    cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
     parts: dict[Path, list[pa.Table]] = {path: [] for path in plan.tree.paths}
     damaged: list[DamagedTableError] = []
     for path, found in parts.items():
-        for shard in cells:
+        for shard in shards:
             try:
-                found.append(store.get_table(shard[path]))
+                found.append(store.get_table(cells[shard][path]))
             except DamagedTableError as error:
                 damaged.append(error)
     if damaged:
         raise DamagedTableError(f"{damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
-    return Outcomes.from_tables([(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()])
-
-
-def outcomes_key(plan: SweepPlan, exits: FittedExits, calibration: Calibration, split: SplitName) -> str:
-    """Fingerprint of what `outcomes_of` gives: the keys of all its tables."""
-    cells = _cells_by_shard(plan, exits, calibration, split)
-    return fingerprint([[str(path), [shard[path].key for shard in cells]] for path in plan.tree.paths])
-
-
-def _cells_by_shard(
-    plan: SweepPlan, exits: FittedExits, calibration: Calibration, split: SplitName
-) -> list[dict[Path, Cell]]:
-    return [
-        cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in range(len(plan.shards(split)))
-    ]
+    tables = [(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()]
+    key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
+    return Outcomes.from_tables(tables), key
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quee_core.errors import DamagedTableError, StoreError
+from quee_core.errors import DamagedTableError, StoreError, first_misfit
 from quee_core.fingerprints import canonical_json
 from quee_core.tables import SCHEMA_VERSION, Cell, check_table, from_parquet_bytes, to_parquet_bytes
 from quee_core.whole_files import check_room, disk_faults, is_temporary, whole_file
@@ -408,9 +408,7 @@ def _parse(entry: _Entry, text: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise DamagedTableError(f"its manifest is unreadable at {place}: {first['msg']}") from error
+        raise DamagedTableError(f"its manifest is unreadable at {first_misfit(error)}") from error
     for field, value in entry.identity.items():
         if (stated := manifest.entry.get(field)) != value:
             raise DamagedTableError(f"its manifest belongs elsewhere: {field} is {stated!r}, not {value!r}")

@@ -11,7 +11,7 @@ from quee_core.data.splits import SplitName
 from quee_core.plan import WALKED
 from quee_core.record import StageTiming
 from quee_core.runs import remove_other_folders
-from quee_core.stages import outcomes_key, outcomes_of
+from quee_core.stages import outcomes_of
 from quee_core.tables import is_saved
 from tasks.progress import advance, stage
 from tasks.resolved import network_for, plan_of, store_of
@@ -34,8 +34,7 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, 
     folders, keys = {}, {}
     with stage("assemble tables", len(WALKED), "splits") as work:
         for split in WALKED:
-            outcomes = outcomes_of(plan, store, exits, calibration, split)  # read in any case: it finds damage
-            keys[split] = outcomes_key(plan, exits, calibration, split)
+            outcomes, keys[split] = outcomes_of(plan, store, exits, calibration, split)
             folders[split] = folder.resolve() / f"{split}-{keys[split][:16]}"
             if is_saved(folders[split]):
                 work.count(reused=1)

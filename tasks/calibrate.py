@@ -4,6 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.data.splits import image_count
 from quee_core.record import StageTiming
 from quee_core.stages import calibration_of, exits_of
 from tasks.progress import advance, stage
@@ -29,8 +30,7 @@ def train_heads(sweep: SweepConfig) -> StageTiming:
         work.count(images=batch)
         advance("train heads", batch)
 
-    images = sum(len(part.positions) for part in plan.head_images())
-    with stage("train heads", images, "images") as work:
+    with stage("train heads", image_count(plan.head_images()), "images") as work:
         calibration, _ = calibration_of(plan, store, device)
         _, done = exits_of(plan, store, calibration, device, on_images=seen)
         work.count(computed=done.computed, reused=done.reused)

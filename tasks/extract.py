@@ -4,7 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
-from quee_core.data.splits import SplitName
+from quee_core.data.splits import SplitName, image_count
 from quee_core.errors import QueeError
 from quee_core.stages import Work, cells_of, extract_branch
 from tasks.progress import advance
@@ -34,5 +34,5 @@ def extract(sweep: SweepConfig, split: SplitName, shard: int, first_bits: int) -
     cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(first_bits))
     work = extract_branch(plan, store, network, cells, split, shard, on_images=lambda images: advance(STAGE, images))
     if not work.computed:
-        advance(STAGE, sum(len(s.positions) for s in plan.shards(split)[shard]))
+        advance(STAGE, image_count(plan.shards(split)[shard]))
     return work

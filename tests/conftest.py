@@ -62,5 +62,5 @@ def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> SmallSweep:
     for split, shard, bits in branches_of(plan):
         cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(bits))
         extract_branch(plan, store, network, cells, split, shard)
-    outcomes = [outcomes_of(plan, store, exits, calibration, split) for split in WALKED]
+    outcomes = [outcomes_of(plan, store, exits, calibration, split)[0] for split in WALKED]
     return SmallSweep(plan, store, network, exits, calibration, *outcomes)

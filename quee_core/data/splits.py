@@ -1,6 +1,6 @@
 """The four disjoint splits, by a stable hash of sample ids (design, section 6)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,17 +74,23 @@ def choose_splits(
             "it is not known which images the backbone was trained on; if target or select hold some of them, "
             "its confidence there is too high"
         )
-    splits: dict[SplitName, Sequence[Selection]] = {name: [] for name in SPLITS}
+    splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
     for part, shares in plan.items():
         member = assign_splits(dataset.sample_ids(part), shares, seed)
         for k, name in enumerate(SPLITS):
             if len(positions := np.flatnonzero(member == k)):
-                splits[name] = [*splits[name], Selection(part, positions)]
-    if limit is not None:
-        splits = {name: subsample(dataset, parts, limit, seed + 1) for name, parts in splits.items()}
-    chosen = {name: tuple(parts) for name, parts in splits.items()}
+                splits[name].append(Selection(part, positions))
+    chosen = {
+        name: tuple(parts) if limit is None else subsample(dataset, parts, limit, seed + 1)
+        for name, parts in splits.items()
+    }
     _check(dataset, chosen)
     return chosen, tuple(cautions)
+
+
+def image_count(selections: Iterable[Selection]) -> int:
+    """How many images `selections` hold."""
+    return sum(len(selection.positions) for selection in selections)
 
 
 def subsample(dataset: ImageDataset, parts: Sequence[Selection], count: int, seed: int) -> tuple[Selection, ...]:
@@ -94,7 +100,7 @@ def subsample(dataset: ImageDataset, parts: Sequence[Selection], count: int, see
     one's images. Use another seed than the splits', or the images would come from one edge of a split.
     """
     drawn = [hash_uniform(dataset.sample_ids(s.part)[s.positions], seed) for s in parts]
-    if sum(map(len, drawn)) <= count:
+    if image_count(parts) <= count:
         return tuple(parts)
     bar = np.sort(np.concatenate(drawn))[count - 1]
     kept = (Selection(s.part, s.positions[d <= bar]) for s, d in zip(parts, drawn, strict=True))
