@@ -1,7 +1,7 @@
 """What a sweep works on, resolved once: data set, splits, shards, backbone, tree, and the keys of its tables."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -63,8 +63,8 @@ class SweepPlan:
         """Number of images of each split."""
         return {name: image_count(parts) for name, parts in self.splits.items()}
 
-    def batches(self, selections: tuple[Selection, ...]) -> Iterator[Batch]:
-        """Preprocessed images of `selections`, streamed in order."""
+    def batches(self, selections: tuple[Selection, ...]) -> Generator[Batch, None, None]:
+        """Preprocessed images of `selections`, streamed in order; see `image_batches`."""
         return image_batches(self.dataset, selections, self.preprocessing.transform(), self.config.run.batch)
 
     def shards(self, split: SplitName) -> list[tuple[Selection, ...]]:

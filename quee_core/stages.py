@@ -8,6 +8,7 @@ import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
@@ -81,10 +82,14 @@ def exits_of(
     if data is not None:
         return FittedExits.from_bytes(data), Work(0, 1)
     quantized, chosen = quantized_of(plan, calibration, device), plan.head_images()
-    with TemporaryDirectory(prefix="quee-heads-") as scratch, disk_faults(scratch, "written"):
+    with (
+        TemporaryDirectory(prefix="quee-heads-") as scratch,
+        disk_faults(scratch, "written"),
+        closing(plan.batches(chosen)) as batches,
+    ):
         pooled, labels = uniform_pooled_tokens(
             quantized,
-            plan.batches(chosen),
+            batches,
             plan.head_bits,
             images=image_count(chosen),
             scratch=FilePath(scratch),
@@ -166,8 +171,9 @@ def extract_branch(
     if wanted:
         images = plan.shards(split)[shard]
         provenance = plan.provenance | {"calibration": plan.calibration_key, "exits": plan.exits_key}
-        for path, table in walk(network, plan.batches(images), wanted, images=image_count(images), on_images=on_images):
-            store.put_table(cells[path], table, provenance | {"path": str(path)})
+        with closing(plan.batches(images)) as batches:
+            for path, table in walk(network, batches, wanted, images=image_count(images), on_images=on_images):
+                store.put_table(cells[path], table, provenance | {"path": str(path)})
     return Work(len(wanted), len(cells) - len(wanted))
 
 

@@ -88,6 +88,8 @@ def _client(sweep: SweepConfig) -> Iterator[Client]:
                 threads_per_worker=sweep.run.dask_workers,
                 processes=False,
                 dashboard_address=None,
+                # it serves health and metrics all the same, by default at a port that a second sweep would want too
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
             ) as cluster,
             Client(cluster) as client,
         ):

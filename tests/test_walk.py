@@ -3,12 +3,15 @@
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path as FilePath
 
 import numpy as np
+import pytest
 import torch
 
 from quee_core.data.splits import SplitName
+from quee_core.errors import NumericError
 from quee_core.features import walk, walked_edges
 from quee_core.paths import Path
 from quee_core.plan import resolve
@@ -121,3 +124,17 @@ def test_memory_of_a_walk_does_not_grow_with_its_batches(small_sweep: SmallSweep
     )
     activation = 120 * 50 * 128 * 4 / 1024  # KiB, of a batch's tokens
     assert many - few < 4 * activation
+
+
+def test_a_walk_that_fails_leaves_no_decoding_thread_though_its_error_is_kept(small_sweep: SmallSweep) -> None:
+    plan = small_sweep.plan
+    cells = cells_of(plan, small_sweep.exits, small_sweep.calibration, "test", 0, plan.tree.paths)
+
+    def stop(_images: int) -> None:
+        raise NumericError("enough")
+
+    before = set(threading.enumerate())
+    with pytest.raises(NumericError, match="enough") as kept:
+        extract_branch(plan, Store.open("memory://stopped"), small_sweep.network, cells, "test", 0, on_images=stop)
+    assert kept.value.__traceback__ is not None
+    assert set(threading.enumerate()) <= before

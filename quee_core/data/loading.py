@@ -1,6 +1,6 @@
 """Streaming: preprocessed batches of images, decoded ahead by a thread, so that memory does not grow with the data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,10 +27,11 @@ class Batch:
 
 def image_batches(
     dataset: ImageDataset, selections: Sequence[Selection], transform: Transform, batch_size: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The selected images in order, `batch_size` at a time; a batch never spans two parts.
 
-    One batch is decoded while the last is worked on, so at most two are in memory. Raises DataError that names an
+    One batch is decoded while the last is worked on, so at most two are in memory. Close it if you may stop before the
+    end: an exception that is kept would keep the decoding thread. Raises DataError that names an
     image that cannot be read.
     """
     chunks = [
