@@ -204,7 +204,9 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     exits = FittedExits.from_bytes(_checked(folder, "exits.safetensors", manifest.files))
     policy = policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files))
     if absent := [str(path) for path in policy.tree.paths if str(path) not in manifest.costs]:
-        raise DamagedTableError(f"{folder / MANIFEST}: costs: path {absent[0]} has none; export the router again")
+        raise DamagedTableError(
+            f"{folder / MANIFEST}: costs: path {absent[0]} has none; run the sweep again to export it anew"
+        )
     quantized = quantize_backbone(backbone.to(device), calibration, manifest.bits).to(device)
     network = exits.network(quantized).to(device)
     costs = np.array([manifest.costs[str(path)] for path in policy.tree.paths])
@@ -222,8 +224,20 @@ def read_manifest(folder: FilePath) -> RouterManifest:
     except ValidationError as error:
         raise StoreError(f"{path}: not a router of this version of quee: {first_misfit(error)}") from None
     if manifest.format != FORMAT:
-        raise StoreError(f"{path}: format {manifest.format}, this version of quee reads {FORMAT}; export it again")
+        raise StoreError(
+            f"{path}: format {manifest.format}, this version of quee reads {FORMAT}; run the sweep again to write it"
+        )
     return manifest
+
+
+def router_digest(folder: FilePath) -> str | None:
+    """sha256 of a router's manifest, which holds those of all its files; None unless all are there and match."""
+    try:
+        for name, wanted in read_manifest(folder).files.items():
+            _checked(folder, name, {name: wanted})
+    except StoreError:
+        return None
+    return _sha256((folder / MANIFEST).read_bytes())
 
 
 def _checked(folder: FilePath, name: str, sums: Mapping[str, str]) -> bytes:
@@ -231,7 +245,9 @@ def _checked(folder: FilePath, name: str, sums: Mapping[str, str]) -> bytes:
     with disk_faults(path, "read"):
         data = path.read_bytes()
     if _sha256(data) != sums.get(name):
-        raise DamagedTableError(f"{path}: its checksum is not the one in {MANIFEST}; export the router again")
+        raise DamagedTableError(
+            f"{path}: its checksum is not the one in {MANIFEST}; run the sweep again to export it anew"
+        )
     return data
 
 

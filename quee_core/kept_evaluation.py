@@ -1,16 +1,15 @@
 """A finished evaluation in the store: a rerun of the same sweep finds it, and computes no front again."""
 
-import hashlib
 import json
 from pathlib import Path as FilePath
 
 from pydantic import ValidationError
 
+from quee_core.deployment import router_digest
 from quee_core.errors import DamagedTableError
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
 from quee_core.plan import SweepPlan
 from quee_core.record import SweepRecord
-from quee_core.runs import ROUTER_MANIFEST
 from quee_core.store import Store
 
 KIND = "evaluation"
@@ -27,7 +26,7 @@ def evaluation_key(plan: SweepPlan, outcomes_key: str, device: str) -> str:
 
 
 def find_evaluation(store: Store, key: str, router: FilePath) -> SweepRecord | None:
-    """The record that `keep_evaluation` put there, if the router that was exported with it still lies at `router`.
+    """The record that `keep_evaluation` put there, if the router exported with it still lies whole at `router`.
 
     Raises DamagedTableError for an entry that is something else.
     """
@@ -40,16 +39,10 @@ def find_evaluation(store: Store, key: str, router: FilePath) -> SweepRecord | N
         exported = str(kept["router"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise DamagedTableError(f"evaluation {key[:16]}: not one that quee wrote: {error}") from None
-    return record if exported == _router_digest(router) else None
+    return record if exported == router_digest(router) else None
 
 
 def keep_evaluation(store: Store, key: str, record: SweepRecord, router: FilePath) -> None:
     """Put `record` into the store, with the checksum of the router at `router`. Raises StoreError for a full disk."""
-    kept = {"record": record.model_dump(mode="json"), "router": _router_digest(router)}
+    kept = {"record": record.model_dump(mode="json"), "router": router_digest(router)}
     store.put_artefact(KIND, key, json.dumps(kept, sort_keys=True).encode())
-
-
-def _router_digest(router: FilePath) -> str:
-    """sha256 of the router's manifest, which holds those of all its files; empty if there is none."""
-    manifest = router / ROUTER_MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""

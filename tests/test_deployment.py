@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from quee_core.backbones.registry import blank_backbone
 from quee_core.costs import bitops_table
-from quee_core.deployment import OperatingPoint, load_router, save_router
+from quee_core.deployment import OperatingPoint, load_router, router_digest, save_router
 from quee_core.errors import ConfigError, DamagedTableError, StoreError
 from quee_core.evaluation import PricedTree
 from quee_core.gate_costs import gate_bitops
@@ -105,6 +105,8 @@ def test_a_flipped_bit_is_found_and_named(saved: Saved, tmp_path: Path, name: st
     file.write_bytes(data)
     with pytest.raises(DamagedTableError, match=f"{name}.safetensors: its checksum"):
         load_router(folder)
+    assert router_digest(folder) is None  # so that the next sweep exports it anew
+    assert router_digest(saved.folder) == router_digest(saved.folder) is not None
 
 
 def test_what_is_no_router_is_refused(saved: Saved, tmp_path: Path) -> None:
