@@ -233,8 +233,9 @@ def read_manifest(folder: FilePath) -> RouterManifest:
 def router_digest(folder: FilePath) -> str | None:
     """sha256 of a router's manifest, which holds those of all its files; None unless all are there and match."""
     try:
-        for name, wanted in read_manifest(folder).files.items():
-            _checked(folder, name, {name: wanted})
+        files = read_manifest(folder).files
+        for name in files:
+            _checked(folder, name, files)
     except StoreError:
         return None
     return _sha256((folder / MANIFEST).read_bytes())

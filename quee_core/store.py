@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quee_core.errors import DamagedTableError, StoreError, first_misfit
 from quee_core.fingerprints import canonical_json
 from quee_core.tables import SCHEMA_VERSION, Cell, check_table, from_parquet_bytes, to_parquet_bytes
-from quee_core.whole_files import check_room, disk_faults, is_temporary, whole_file
+from quee_core.whole_files import check_room, disk_faults, is_temporary, temporary_name, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Store:
         if self._local:
             check_room(FilePath(self._root), size)
             return
-        place = self._full(f".room.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        place = self._full(temporary_name("room"))
         with disk_faults(self._root, "written"):
             self._fs.pipe_file(place, b"")
             self._fs.rm_file(place)

@@ -45,7 +45,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside its target, since another folder may be another disk
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("xb") as file:
             yield file
@@ -64,7 +64,7 @@ def check_room(folder: Path, size: int) -> None:
     What is going to write for hours asks before it starts. Raises StoreError that names the folder if it can't be
     made or written to, or has no room.
     """
-    temporary = folder / f".room.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    temporary = folder / temporary_name("room")
     with disk_faults(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -74,8 +74,13 @@ def check_room(folder: Path, size: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def temporary_name(name: str) -> str:
+    """A name that no other writer gives, for what is to become `name`, or to be gone soon."""
+    return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+
+
 def is_temporary(name: str) -> bool:
-    """Whether a file's name is one that `whole_file` gives while it writes."""
+    """Whether a file's name is one that `temporary_name` gives."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
