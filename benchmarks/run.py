@@ -11,7 +11,6 @@ benchmarks/results.json, and fails if one is missed.
 
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quee_core.config import parse_config
 from quee_core.data.loading import Batch
@@ -33,13 +33,14 @@ from quee_core.plan import SweepPlan, resolve
 from quee_core.record import SweepRecord
 from quee_core.stages import network_of
 from quee_core.store import Store
-from quee_core.tables import FeatureRows
+from quee_core.tables import feature_table
 
 RESULTS = Path(__file__).with_name("results.json")
 QUICK = Path(__file__).parents[1] / "configs" / "quick.yaml"
 BITS = (2, 4, 8)
 BATCH = 256
-ROUNDS = 5
+WARM_UP = 2  # rounds that are not counted: a process is slower, or faster, at first
+ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,16 @@ class Figure:
         return f"{self.name:<58} {self.value:8.3f}   {bound:<14} {'' if self.holds else 'MISSED'}".rstrip()
 
 
-def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each run; rounds go over all of them, so that a slow while is shared."""
+def interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each run in every round, float64 [rounds]; a round goes over all of them, so that a slow while is
+    shared, and ratios are taken within a round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(ROUNDS + 1):
+    for _ in range(WARM_UP + ROUNDS):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            if round_:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+            seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(taken[WARM_UP:]) for name, taken in seconds.items()}
 
 
 def network_figures(plan: SweepPlan, network: PathNetwork) -> list[Figure]:
@@ -90,24 +91,26 @@ def network_figures(plan: SweepPlan, network: PathNetwork) -> list[Figure]:
     runs["walk"] = lambda: list(walk(network, [batch], paths, images=len(batch.labels)))
     runs["naive"] = lambda: naive(plan, network, batch)
     taken = interleaved(runs)
-    limit = sum(taken[str(path.bits[-1])] / depth for path in paths)
+    limit = np.sum([taken[str(path.bits[-1])] / depth for path in paths], axis=0)
+
+    def ratio(over: NDArray[np.float64], under: str) -> float:
+        return float(np.median(over / taken[under]))
+
     return [
-        *(Figure(f"quantised at {b} bits / float", taken[str(b)] / taken["32"], at_most=1.3) for b in BITS),
-        Figure(f"walk of {len(paths)} paths: limit / time", limit / taken["walk"], at_least=0.8),
-        Figure(f"naive extraction of {len(paths)} paths / walk", taken["naive"] / taken["walk"]),
+        *(Figure(f"quantised at {b} bits / float", ratio(taken[str(b)], "32"), at_most=1.3) for b in BITS),
+        Figure(f"walk of {len(paths)} paths: limit / time", ratio(limit, "walk"), at_least=0.8),
+        Figure(f"naive extraction of {len(paths)} paths / walk", ratio(taken["naive"], "walk")),
     ]
 
 
 def naive(plan: SweepPlan, network: PathNetwork, batch: Batch) -> None:
     """Every path's table by itself, from the images on."""
     for path in plan.tree.paths:
-        rows = FeatureRows(len(batch.labels))
         tokens = network.stem(batch.images)
         for index, bits in enumerate(path.bits):
             tokens = network.run(index, bits, tokens)
         answer = network.answer(path.exit, tokens)
-        rows.add(batch.sample_ids, batch.labels, answer.logits, answer.embedding)
-        rows.table()
+        feature_table(batch.sample_ids, batch.labels, answer.logits, answer.embedding)
 
 
 def replay_figures() -> list[Figure]:
@@ -119,7 +122,13 @@ def replay_figures() -> list[Figure]:
         predictions = {gate: rng.random((10_000, len(tree.extensions(gate)))) for gate in tree.gates}
         costs, prices = rng.random(len(tree.paths)), np.geomspace(1e-3, 30, 100)
         taken = interleaved({"replay": lambda t=tree, p=predictions, c=costs, q=prices: replay(t, p, c, q)})  # type: ignore[misc]
-        figures.append(Figure(f"replay of 100 prices x 10,000 images, {policy} tree, s", taken["replay"], at_most=1.0))
+        figures.append(
+            Figure(
+                f"replay of 100 prices x 10,000 images, {policy} tree, s",
+                float(np.median(taken["replay"])),
+                at_most=1.0,
+            )
+        )
     return figures
 
 
