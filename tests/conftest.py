@@ -1,5 +1,6 @@
 """One small sweep's network and tables on bundled images, shared by the tests of a process."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def small_config(folder: Path, **sections: dict) -> SweepConfig:
     for name, fields in sections.items():
         raw[name] = {**raw.get(name, {}), **fields}
     return parse_config(raw, source="tests")
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder for Prefect in all tests of a module, whose database takes seconds to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        yield
 
 
 @dataclass(frozen=True)

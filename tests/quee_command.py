@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from quee_core.config import SweepConfig
 from quee_core.record import SweepRecord
 from quee_core.runs import read_record
 from quee_core.store import Manifest
@@ -29,7 +30,7 @@ CELLS = 18  # tables of that sweep: two exits and two bit-widths make six paths,
 
 
 def write_sweep(folder: Path, **sections: Any) -> Path:
-    """A configuration with `sections` laid over the small one, whether they are valid or not.
+    """The small configuration, made smaller, with `sections` laid over it.
 
     The tests of a process share MLflow's database, which takes seconds to make.
     """
@@ -37,7 +38,12 @@ def write_sweep(folder: Path, **sections: Any) -> Path:
     small = small_config(
         folder, dataset={"limit": 60}, paths={"bits": [2, 4]}, prices={"count": 6}, run={"mlflow_uri": tracking}
     )
-    raw = small.model_dump(mode="json", exclude_unset=True)
+    return write_config(folder, small, **sections)
+
+
+def write_config(folder: Path, config: SweepConfig, **sections: Any) -> Path:
+    """`config` with `sections` laid over it, whether they are valid or not, as a file that a command takes."""
+    raw = config.model_dump(mode="json", exclude_unset=True)
     for name, fields in sections.items():
         raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields
     path = folder / "sweep.yaml"

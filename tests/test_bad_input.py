@@ -26,19 +26,13 @@ from tests.published_files import encoded, noise, write_folder, write_parquet
 from tests.quee_command import computed, finished, leftovers, quee, refused, whole_tables, write_sweep
 
 pytestmark = [
+    pytest.mark.usefixtures("prefect_home"),
     pytest.mark.xdist_group("bad input"),
     # of MLflow's; an empty mean or a division by zero is a RuntimeWarning, and still an error
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 NAN, INFINITY = float("nan"), float("inf")
 SHARES = {"fit": 0.3, "target": 0.3, "select": 0.2, "test": 0.2, "limit": None, "trained_on": "none"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        yield
 
 
 # Configurations

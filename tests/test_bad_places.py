@@ -7,7 +7,7 @@ import hashlib
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,17 +32,11 @@ from tests.quee_command import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("prefect_home"),
     pytest.mark.xdist_group("bad places"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's
 ]
 FINISHED_IS_KEPT = "what is finished is in the store; the same command continues"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 import json
 import os
-import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -25,8 +22,8 @@ from quee_core.backbones.micro_vit import micro_vit
 from quee_core.record import SweepRecord
 from quee_core.report.figures import all_figures
 from tests.conftest import small_config
+from tests.quee_command import QUEE, refused, write_config
 
-QUEE = Path(sys.executable).with_name("quee")
 ALL: Any = get_command(app)
 COMMANDS: dict[tuple[str, ...], Any] = {(): ALL} | {(name,): command for name, command in ALL.commands.items()}
 
@@ -38,21 +35,8 @@ def run(*arguments: object, folder: Path, timeout: float = 420) -> subprocess.Co
     )
 
 
-def written(folder: Path, **sections: dict) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(small_config(folder, **sections).model_dump(mode="json", exclude_unset=True)))
-    return path
-
-
-def refused(folder: Path, *arguments: object) -> str:
-    """The one line that a command ends with when it is given something impossible; in this process, to be quick."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == 2, (done.output, done.exception)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+def written(folder: Path, **sections: Any) -> Path:
+    return write_config(folder, small_config(folder), **sections)
 
 
 def tracked_runs(folder: Path, record: SweepRecord) -> tuple[MlflowClient, list[Run]]:
@@ -158,23 +142,26 @@ def test_every_command_option_and_argument_has_help(
     ],
 )
 def test_impossible_requests_end_in_one_line(tmp_path: Path, sections: dict, message: str) -> None:
-    raw = small_config(tmp_path).model_dump(mode="json", exclude_unset=True)
-    for name, fields in sections.items():
-        raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields
-    path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    assert message in refused(tmp_path, "plan" if "method" not in str(sections) else "sweep", path)
+    config = written(tmp_path, **sections)
+    assert message in refused(tmp_path, "plan" if "method" not in str(sections) else "sweep", config)
 
 
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
     config = written(tmp_path)
     weights = micro_vit(num_classes=7).state_dict()
     save_file(weights, tmp_path / "seven.safetensors")
-    assert "7" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "seven.safetensors")
+    told = refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "seven.safetensors")
+    assert told.endswith("seven.safetensors: has a head of 7 classes, and the model one of 10: set num_classes to 7"), (
+        told
+    )
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:5000])
-    assert "cut.safetensors" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "cut.safetensors")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": os.system}))
-    assert "evil.pt" in refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "evil.pt")
+    assert "cut.safetensors: damaged, cut short, or not a safetensors file" in refused(
+        tmp_path, "plan", config, "--checkpoint", tmp_path / "cut.safetensors"
+    )
+    torch.save({"state_dict": os.system}, tmp_path / "evil.pt")
+    assert "evil.pt: refused: a pickle that holds more than plain tensors could run code" in refused(
+        tmp_path, "plan", config, "--checkpoint", tmp_path / "evil.pt"
+    )
     weights = micro_vit().state_dict()
     weights["head.bias"] = torch.full((10,), float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
@@ -190,10 +177,10 @@ def test_a_class_count_that_does_not_fit_the_head_is_told(tmp_path: Path) -> Non
             Image.fromarray(pixels).save(tmp_path / "images" / label / f"{k}.png")
     shares = {"name": "folder", "root": "images", "limit": None, "fit": 0.4, "target": 0.2, "select": 0.2, "test": 0.2}
     config = written(tmp_path, dataset=shares)
-    assert "3" in refused(tmp_path, "plan", config)
+    assert "its head has 10 classes, data set folder has 3; set backbone.num_classes" in refused(
+        tmp_path, "plan", config
+    )
 
 
-def test_a_pattern_that_no_backbone_matches_is_told() -> None:
-    result = CliRunner().invoke(app, ["backbones", "vit_tinny"])
-    assert result.exit_code == 2
-    assert "no backbone matches 'vit_tinny'" in result.output
+def test_a_pattern_that_no_backbone_matches_is_told(tmp_path: Path) -> None:
+    assert "no backbone matches 'vit_tinny'" in refused(tmp_path, "backbones", "vit_tinny")
