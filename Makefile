@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONFIG ?= configs/quick.yaml
 
-.PHONY: help install sweep plan test check bench lock browser clean
+.PHONY: help install sweep plan test check bench bench-front lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -42,6 +42,9 @@ test: $(INSTALLED) browser check ## Linter, type checker and every test
 
 bench: $(INSTALLED) ## Print the ratios that quee promises, and write them to benchmarks/results.json
 	$(BIN)/python benchmarks/run.py
+
+bench-front: $(INSTALLED) ## Print the front against every baseline, over data sets and seeds; DATA_ROOT adds CIFAR-10
+	$(BIN)/python benchmarks/front.py
 
 lock: ## Resolve the dependencies anew (pip-tools) after pyproject.toml has changed
 	$(BIN)/pip install --quiet pip-tools

@@ -144,14 +144,47 @@ def report(
 
 @app.command()
 @reporting_faults
+def compare(
+    runs_named: Annotated[
+        list[str],
+        typer.Argument(
+            help="Names of runs, or paths of their record.json; those of one data set are pooled.", metavar="RUN..."
+        ),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="A run whose baselines the cost is compared with too; may be given repeatedly."),
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure RUNs' fronts again, and say what QuEE gains over each baseline, over several seeds of splits."""
+    from flows.comparing import print_comparisons
+    from quee_core.comparison import compare as compare_runs
+    from quee_core.comparison import run_fronts
+    from quee_core.runs import find_record
+
+    found = compare_runs(
+        [run_fronts(*find_record(name, runs)) for name in runs_named],
+        [run_fronts(*find_record(name, runs)) for name in against or []],
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+    else:
+        print_comparisons(found, Console())
+
+
+@app.command()
+@reporting_faults
 def route(
     run: Annotated[str, typer.Argument(help="Name of a run, or the path of its router folder.", metavar="RUN")],
     images: Annotated[list[Path], typer.Argument(help="Image files to answer.", metavar="IMAGE...")],
     price: Annotated[
-        float | None, typer.Option("--price", help="λ: how many errors one full path is worth; 0 buys all accuracy.")
+        float | None,
+        typer.Option("--price", help="λ: how many errors one full path is worth. Default 0: all accuracy."),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Mean relative cost not to exceed, instead of --price. Default 1.")
+        float | None, typer.Option("--budget", help="Mean relative cost not to exceed, instead of --price.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images that go through the network together.")] = 64,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -167,12 +200,12 @@ def route(
     if price is not None and budget is not None:
         raise ConfigError("--price and --budget: give one of the two")
     deployed = load_router(find_router(run, runs), choose_device(device))
-    chosen = deployed.price_for(1.0 if budget is None else budget) if price is None else price
-    answers = list(route_files(deployed, images, chosen, batch))
+    point = deployed.point_at(price or 0.0) if budget is None else deployed.point_within(budget)
+    answers = list(route_files(deployed, images, point.as_rule(), batch))
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers], indent=2))
     else:
-        print_answers(answers, chosen, Console())
+        print_answers(answers, point.as_rule(), Console())
 
 
 @app.command()
@@ -210,7 +243,7 @@ def print_record(record: SweepRecord, console: Console) -> None:
     """The front at each budget with its interval, against the best baseline there, on the same test images."""
     rows = [
         (
-            f"{row.budget:.2f}",
+            f"{row.budget:.3f}",
             f"{100 * row.accuracy:.2f}",
             f"[{100 * row.low:.2f}, {100 * row.high:.2f}]",
             f"{100 * row.baseline_accuracy:.2f}",

@@ -11,11 +11,14 @@ from rich.table import Table
 from quee_core.data.decoding import decode
 from quee_core.deployment import DeployedRouter
 from quee_core.errors import DataError
+from quee_core.shipping import Rule
 
 
 @dataclass(frozen=True)
 class FileAnswer:
-    """What the router says of one file. path: bit-widths of the segments that ran. cost: relative to the full path."""
+    """What the router says of one file. path: bit-widths of the segments that ran, second looks behind a ">". cost:
+    relative to the full path, of all that ran.
+    """
 
     file: str
     label: str
@@ -24,22 +27,21 @@ class FileAnswer:
     cost: float
 
 
-def route_files(deployed: DeployedRouter, files: Sequence[Path], price: float, batch: int) -> Iterator[FileAnswer]:
+def route_files(deployed: DeployedRouter, files: Sequence[Path], rule: Rule, batch: int) -> Iterator[FileAnswer]:
     """Answer `files` in their order, `batch` at a time. Raises DataError that names a file that is no image."""
     names = deployed.manifest.class_names
-    paths = deployed.router.policy.tree.paths
     for start in range(0, len(files), batch):
         together = files[start : start + batch]
-        routed = deployed.router(torch.stack([deployed.preprocess(decode(_read(f), str(f))) for f in together]), price)
+        routed = deployed.router(torch.stack([deployed.preprocess(decode(_read(f), str(f))) for f in together]), rule)
         for k, file in enumerate(together):
             label = int(routed.label[k])
             yield FileAnswer(
-                str(file), names[label], float(routed.probabilities[k, label]), str(paths[routed.path[k]]),
+                str(file), names[label], float(routed.probabilities[k, label]), routed.journeys[int(routed.path[k])],
                 float(routed.cost[k]),
             )  # fmt: skip
 
 
-def print_answers(answers: Sequence[FileAnswer], price: float, console: Console) -> None:
+def print_answers(answers: Sequence[FileAnswer], rule: Rule, console: Console) -> None:
     """A table on a terminal, tab-separated lines under a header elsewhere."""
     if not console.is_terminal:
         console.print("file\tlabel\tprobability\tpath\tcost", highlight=False, soft_wrap=True)
@@ -47,7 +49,7 @@ def print_answers(answers: Sequence[FileAnswer], price: float, console: Console)
             line = f"{a.file}\t{a.label}\t{a.probability:.4f}\t{a.path}\t{a.cost:.4f}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         return
-    table = Table("file", "label", "probability", "path", "cost", title=f"λ = {price:.4g}")
+    table = Table("file", "label", "probability", "path", "cost", title=str(rule))
     for a in answers:
         table.add_row(a.file, a.label, f"{a.probability:.3f}", a.path, f"{a.cost:.3f}")
     console.print(table)

@@ -34,8 +34,8 @@ class DatasetConfig(Section):
     name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
     root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
     fit: Fraction = Field(0.40, description="Share of the non-test images for calibration, heads and PCA.")
-    target: Fraction = Field(0.45, description="Share of the non-test images for clusters, targets and predictors.")
-    select: Fraction = Field(0.15, description="Share of the non-test images for choosing operating points.")
+    target: Fraction = Field(0.45, description="Share of the non-test images for targets, predictors and thresholds.")
+    select: Fraction = Field(0.15, description="Share of the non-test images for choosing predictors and thresholds.")
     test: Fraction = Field(0.0, description="Share for test, where the set has no official test part.")
     seed: int = Field(0, ge=0, description="Seed of the hash that assigns images to splits.")
     trained_on: Literal["none", "train", "unknown"] | None = Field(
@@ -98,6 +98,17 @@ class QuantizationConfig(Section):
 
     method: str = Field("mse", description="minmax or mse.")
     images: int = Field(256, ge=8, description="Calibration images, out of `fit`.")
+    edge_bits: int | None = Field(
+        None, description="Bit-width of stem and heads; by default 8, or 32 where all of paths.bits are above 8."
+    )
+    stem_bits: int | None = Field(
+        None, description="Bit-width of the stem's layers behind its first, which sees the image; by default edge_bits."
+    )
+
+    @field_validator("edge_bits", "stem_bits")
+    @classmethod
+    def _known_width(cls, bits: int | None) -> int | None:
+        return None if bits is None else _known_widths((bits,))[0]
 
 
 class HeadsConfig(Section):
@@ -109,11 +120,27 @@ class HeadsConfig(Section):
         "Fix it, and a sweep with one more bit-width reuses all tables of the others.",
     )
     images: int = Field(
-        20_000, ge=50, description="At most this many images of `fit`; their features are cached on disk meanwhile."
+        20_000,
+        ge=50,
+        description="At most this many images of `fit`. Meanwhile their features lie in the folder for temporary "
+        "files: exits x views x images x 13 d x 4 bytes, with 1 + bit-widths + 2 x copies views.",
     )
-    epochs: int = Field(30, ge=1, description="Passes over the cached features.")
+    statistics: int = Field(
+        13,
+        ge=1,
+        le=13,
+        description="How many statistics of the tokens a head sees; 2: the class token, the mean patch.",
+    )
+    hidden: int = Field(64, ge=0, le=4096, description="Width of a hidden layer beside the linear one; 0: none.")
+    distillation: Fraction = Field(
+        0.8, description="Weight of the backbone's own answer at full precision in what heads learn, beside the label."
+    )
+    copies: int = Field(4, ge=0, le=64, description="Shifted copies of each image, each along a mixed path.")
+    mirror: bool = Field(True, description="Whether half of the copies are mirrored; not for text, for instance.")
+    epochs: int = Field(150, ge=1, description="Passes over the images; each pass sees an image in one of its views.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak of the cosine schedule.")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's; pulls the heads' weights towards 0.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's; pulls the heads' weights towards 0.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Share of hidden features left out at a time in training.")
     batch: int = Field(512, ge=8, description="Rows a step.")
     seed: int = Field(0, ge=0, description="Seed of first weights, of the order of rows, and of the PCA.")
 
@@ -193,8 +220,9 @@ class CostConfig(Section):
 class EvaluationConfig(Section):
     """How fronts are reported."""
 
-    budgets: tuple[Fraction, ...] = Field(
-        (0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8), min_length=1, description="Relative costs."
+    budgets: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Relative costs; by default seven between the cheapest path's and 1, denser where it is cheap.",
     )
     resamples: int = Field(2000, ge=100, description="Bootstrap resamples.")
     seed: int = Field(0, ge=0, description="Seed of the bootstrap and of the random exits.")

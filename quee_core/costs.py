@@ -64,11 +64,20 @@ class Macs:
 
 @dataclass(frozen=True, slots=True)
 class BackboneMacs:
-    """Multiply-accumulates of a backbone's pieces for one image; `final` is None if it has no head of its own."""
+    """Multiply-accumulates of a backbone's pieces for one image; `final` is None if it has no head of its own.
+
+    first: of the stem's first layer, the one that sees the image; a part of `stem`.
+    """
 
     stem: Macs
+    first: Macs
     segments: tuple[Macs, ...]
     final: Macs | None
+
+    @property
+    def behind_first(self) -> Macs:
+        """Of the stem without its first layer."""
+        return Macs(self.stem.linear - self.first.linear, self.stem.attention - self.first.attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,7 @@ class CostTable:
 
 
 def edge_bits(bits: Sequence[int]) -> int:
-    """Bit-width of the stem and the heads: 8, unless all of `bits` are more (design, section 2)."""
+    """Bit-width of stem and heads where none is asked for: 8, unless all of `bits` are more (design, section 2)."""
     return EDGE_BITS if min(check_bit_widths(bits)) <= EDGE_BITS else FULL_PRECISION
 
 
@@ -159,6 +168,12 @@ def module_macs(module: nn.Module, example: Tensor) -> Macs:
     CPU kernel has no count. Products outside linear and convolutional layers are those of attention.
     Raises BackboneError that names module and operator for arithmetic whose cost is not known.
     """
+    linear, attention = _products(module, example)
+    return Macs(sum(linear.values()), attention)
+
+
+def _products(module: nn.Module, example: Tensor) -> tuple[dict[str, int], int]:
+    """What `module_macs` counts: of every layer with weights, by name and in order, and of attention."""
     # sharing `meta` tensors through the memo, the copy never holds a second set of weights
     tensors: dict[int, Tensor] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
@@ -171,8 +186,8 @@ def module_macs(module: nn.Module, example: Tensor) -> Macs:
         weightless(images)
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     weighted = (name for name, part in _tracked(weightless) if isinstance(part, nn.Linear | nn.Conv2d))
-    linear = sum(flops.get(name, 0) for name in weighted)
-    return Macs(linear // 2, (counter.get_total_flops() - linear) // 2)
+    linear = {name: flops.get(name, 0) // 2 for name in weighted}
+    return linear, counter.get_total_flops() // 2 - sum(linear.values())
 
 
 def count_macs(module: nn.Module, example: Tensor) -> int:
@@ -185,20 +200,28 @@ def backbone_macs(backbone: SegmentedBackbone) -> BackboneMacs:
     dtype = next(backbone.parameters()).dtype
     images = torch.empty((1, *backbone.image_shape), dtype=dtype, device="meta")
     tokens = torch.empty((1, backbone.num_tokens, backbone.embed_dim), dtype=dtype, device="meta")
+    stem, in_attention = _products(backbone.stem, images)
     return BackboneMacs(
-        stem=module_macs(backbone.stem, images),
+        stem=Macs(sum(stem.values()), in_attention),
+        first=Macs(next(iter(stem.values()), 0), 0),
         segments=tuple(module_macs(part, tokens) for part in backbone.segments),
         final=None if backbone.final is None else module_macs(backbone.final, tokens),
     )
 
 
 def bitops_table(
-    macs: BackboneMacs | SegmentedBackbone, head_macs: Sequence[int | None], bits: Sequence[int]
+    macs: BackboneMacs | SegmentedBackbone,
+    head_macs: Sequence[int | None],
+    bits: Sequence[int],
+    *,
+    edge: int | None = None,
+    stem: int | None = None,
 ) -> CostTable:
     """BitOps of every piece: MACs x bits of weights x bits of activations (design, section 2).
 
     macs: of the backbone, or the backbone itself. head_macs: multiply-accumulates of the head at each exit, 1 to L;
-    None at the last exit for the backbone's own head. bits: the bit-widths B. Stem and heads: `edge_bits(bits)`.
+    None at the last exit for the backbone's own head. bits: the bit-widths B. edge: that of stem and heads; by default
+    `edge_bits(bits)`. stem: that of the stem behind its first layer; by default `edge`.
     Raises ShapeMismatchError if there is not one head for each exit, BackboneError if the own head is asked for and
     there is none, or as `module_macs` does.
     """
@@ -210,11 +233,11 @@ def bitops_table(
         raise BackboneError(
             "costs: only the last exit can have the backbone's own head, and only if the backbone has one"
         )
-    edge = edge_bits(bits)
+    edge = edge or edge_bits(bits)
     own = counted.final.bitops(edge) if counted.final is not None else 0
     return CostTable(
         unit="bitops",
-        stem=float(counted.stem.bitops(edge)),
+        stem=float(counted.first.bitops(edge) + counted.behind_first.bitops(stem or edge)),
         segments={b: tuple(float(part.bitops(b)) for part in counted.segments) for b in check_bit_widths(bits)},
         heads=tuple(float(own if m is None else Macs(m, 0).bitops(edge)) for m in head_macs),
         gates=(0.0,) * depth,
@@ -227,6 +250,7 @@ def measured_table(
     bits: Sequence[int],
     depth: int,
     batch_size: int,
+    edge: int | None = None,
     repeats: int = 7,
     warm_up: int = 2,
     synchronize: Callable[[], object] | None = None,
@@ -234,12 +258,13 @@ def measured_table(
     """Milliseconds per image of every piece, on the device at hand.
 
     prepare: for a piece, what runs it once on `batch_size` images; only that run is timed. Asked for the stem and the
-    heads at `edge_bits(bits)`, and for each of `depth` segments at each of `bits`. synchronize: waits until the device
-    has done its work (`torch.cuda.synchronize`), where runs return before that. Each piece runs `warm_up` times
-    untimed, then `repeats` times, and counts with the median. The rounds go over all pieces in turn, so that a machine
-    that is slower for a while is slower for all of them. Raises ConfigError for counts below 1 (`warm_up`: below 0).
+    heads at `edge` bits, by default `edge_bits(bits)`, and for each of `depth` segments at each of `bits`. synchronize:
+    waits until the device has done its work (`torch.cuda.synchronize`), where runs return before that. Each piece runs
+    `warm_up` times untimed, then `repeats` times, and counts with the median. The rounds go over all pieces in turn, so
+    that a machine that is slower for a while is slower for all of them.
+    Raises ConfigError for counts below 1 (`warm_up`: below 0).
     """
-    widths, edge = check_bit_widths(bits), edge_bits(bits)
+    widths, edge = check_bit_widths(bits), edge or edge_bits(bits)
     if min(depth, batch_size, repeats) < 1 or warm_up < 0:
         raise ConfigError(
             f"measured costs: depth {depth}, batch_size {batch_size}, repeats {repeats}, warm_up {warm_up}: "

@@ -5,15 +5,14 @@ exits and gates lie beside it as safetensors, each under its checksum. Nothing i
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,34 +20,81 @@ from torch import Tensor
 from quee_core import __version__
 from quee_core.backbones.registry import blank_backbone
 from quee_core.backbones.segmented import SegmentedBackbone
+from quee_core.cascades import Cascade
+from quee_core.costs import CostTable
 from quee_core.data.preprocessing import Preprocessing
-from quee_core.errors import ConfigError, DamagedTableError, StoreError, first_misfit
+from quee_core.errors import (
+    ConfigError,
+    DamagedTableError,
+    InvalidPathError,
+    NumericError,
+    ShapeMismatchError,
+    StoreError,
+    first_misfit,
+)
 from quee_core.exits import FittedExits
+from quee_core.gates import check_prices
+from quee_core.paths import Path
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy, policy_from_bytes, policy_to_bytes
 from quee_core.quantize.calibration import Calibration, quantize_backbone
 from quee_core.record import SweepRecord
 from quee_core.router import Router
 from quee_core.runs import ROUTER_MANIFEST as MANIFEST
+from quee_core.shipping import GateRule, Rule, Shipped
 from quee_core.summary import Winner
 from quee_core.whole_files import disk_faults, whole_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OperatingPoint(_Plain):
-    """What a price buys on n test images: mean relative cost, accuracy, its 95 % interval `low` to `high`."""
+class PlainCascade(_Plain):
+    """A `Cascade` in plain fields; looks are paths as text."""
 
+    kind: Literal["cascade"] = "cascade"
+    looks: tuple[str, ...]
+    measure: str
+    thresholds: tuple[float, ...]
+
+
+class PlainGates(_Plain):
+    """A `GateRule` in plain fields."""
+
+    kind: Literal["gates"] = "gates"
+    price: float
+
+
+def plain_rule(rule: Rule) -> PlainCascade | PlainGates:
+    """`rule` as the manifest keeps it."""
+    if isinstance(rule, GateRule):
+        return PlainGates(price=rule.price)
+    return PlainCascade(looks=tuple(map(str, rule.looks)), measure=rule.measure, thresholds=rule.thresholds)
+
+
+class OperatingPoint(_Plain):
+    """A rule, the price λ that it was chosen for, and what it gave on n test images: mean relative cost, accuracy, its
+    95 % interval `low` to `high`. chosen_cost, chosen_accuracy: what it gave where it was chosen, before any test.
+    """
+
+    rule: PlainCascade | PlainGates = Field(discriminator="kind")
     price: float
     cost: float
     accuracy: float
     low: float
     high: float
     n: int
+    chosen_cost: float
+    chosen_accuracy: float
+
+    def as_rule(self) -> Rule:
+        """The rule, for `Router`. Raises InvalidPathError or ConfigError for one that is none."""
+        if isinstance(self.rule, PlainGates):
+            return GateRule(self.rule.price)
+        return Cascade(tuple(map(Path.parse, self.rule.looks)), self.rule.measure, self.rule.thresholds)
 
 
 class Architecture(_Plain):
@@ -61,7 +107,7 @@ class Architecture(_Plain):
 
 
 class RouterManifest(_Plain):
-    """`router.json`. costs: relative cost of every path, by its text. points: by ascending cost. files: sha256, hex."""
+    """`router.json`. costs: of every piece, the gates included. points: by ascending cost. files: sha256, hex."""
 
     format: int
     quee: str
@@ -71,9 +117,8 @@ class RouterManifest(_Plain):
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     bits: tuple[int, ...]
-    cost_unit: str
     full_cost: float
-    costs: dict[str, float]
+    costs: CostTable
     points: tuple[OperatingPoint, ...]
     files: dict[str, str]
 
@@ -89,8 +134,19 @@ class DeployedRouter:
     preprocess: Callable[[Image.Image], Tensor]
     manifest: RouterManifest
 
-    def price_for(self, budget: float) -> float:
-        """λ of the dearest operating point whose mean relative cost on the test images is within `budget`.
+    def point_at(self, price: float) -> OperatingPoint:
+        """The operating point of least error + λ cost at the price λ, as they were where it was chosen, not on test.
+
+        Of equals the cheapest.         Raises ConfigError for a price that is negative or not finite.
+        """
+        worth = float(check_prices(price)[0])
+        return min(
+            self.manifest.points,
+            key=lambda point: (1 - point.chosen_accuracy + worth * point.chosen_cost, point.chosen_cost),
+        )
+
+    def point_within(self, budget: float) -> OperatingPoint:
+        """The dearest operating point whose mean relative cost on the test images is within `budget`.
 
         Raises ConfigError for a budget below the cheapest point, or above 1, which is no share of the full cost.
         """
@@ -100,14 +156,25 @@ class DeployedRouter:
         if not within:
             cheapest = min((point.cost for point in self.manifest.points), default=float("nan"))
             raise ConfigError(f"budget {budget:g}: the cheapest operating point costs {cheapest:.3f}; raise it")
-        return max(within, key=lambda point: point.cost).price
+        return max(within, key=lambda point: point.cost)
 
 
 def export_winner(
-    plan: SweepPlan, calibration: Calibration, exits: FittedExits, winner: Winner, record: SweepRecord, folder: FilePath
+    plan: SweepPlan,
+    calibration: Calibration,
+    exits: FittedExits,
+    winner: Winner,
+    table: CostTable,
+    shipped: Sequence[Shipped],
+    record: SweepRecord,
+    folder: FilePath,
 ) -> FilePath:
-    """Write the router of a finished sweep into `folder`; returns its manifest. Raises as `save_router` does."""
-    points = next(front.points for front in record.fronts if front.kind == "quee")
+    """Write the router of a finished sweep into `folder`; returns its manifest. Raises as `save_router` does.
+
+    table: costs in the sweep's unit, gates free.
+    """
+    measured = {p.setting: p for front in record.fronts if front.kind == "quee" for p in front.points}
+    points = [(entry, measured[str(entry.rule)]) for entry in shipped]
     return save_router(
         folder,
         run=record.name,
@@ -118,13 +185,21 @@ def export_winner(
         calibration=calibration,
         exits=exits,
         policy=winner.policy,
-        costs=winner.costs,
-        cost_unit=record.cost_unit,
+        table=table.with_gates(winner.gates),
         full_cost=record.full_cost,
         points=tuple(
-            OperatingPoint(price=p.price, cost=p.cost, accuracy=p.accuracy, low=p.low, high=p.high, n=p.n)
-            for p in points
-            if p.price is not None
+            OperatingPoint(
+                rule=plain_rule(entry.rule),
+                price=entry.price,
+                cost=p.cost,
+                accuracy=p.accuracy,
+                low=p.low,
+                high=p.high,
+                n=p.n,
+                chosen_cost=entry.cost,
+                chosen_accuracy=entry.accuracy,
+            )
+            for entry, p in points
         ),
     )
 
@@ -140,15 +215,14 @@ def save_router(
     calibration: Calibration,
     exits: FittedExits,
     policy: GatePolicy,
-    costs: NDArray[np.float64],
-    cost_unit: str,
+    table: CostTable,
     full_cost: float,
     points: tuple[OperatingPoint, ...],
 ) -> FilePath:
     """Write everything that routes an image into `folder`; returns its manifest, which comes last.
 
-    costs: relative cost of every path of `policy.tree`, heads and gates included, float64 [paths]. full_cost: of
-    relative cost 1, in BitOps or ms per image. Equal routers give equal bytes.
+    table: cost of every piece, the policy's gates included. full_cost: of relative cost 1, in the table's unit per
+    image. Equal routers give equal bytes.
     Raises StoreError for a full or read-only disk.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(backbone.state_dict().items())}
@@ -170,9 +244,8 @@ def save_router(
         preprocessing=preprocessing,
         class_names=class_names,
         bits=policy.tree.bits,
-        cost_unit=cost_unit,
         full_cost=full_cost,
-        costs={str(path): float(cost) for path, cost in zip(policy.tree.paths, costs, strict=True)},
+        costs=table,
         points=tuple(sorted(points, key=lambda point: point.cost)),
         files={name: _sha256(data) for name, data in contents.items()},
     )
@@ -203,14 +276,13 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     calibration = Calibration.from_bytes(_checked(folder, "calibration.safetensors", manifest.files))
     exits = FittedExits.from_bytes(_checked(folder, "exits.safetensors", manifest.files))
     policy = policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files))
-    if absent := [str(path) for path in policy.tree.paths if str(path) not in manifest.costs]:
-        raise DamagedTableError(
-            f"{folder / MANIFEST}: costs: path {absent[0]} has none; run the sweep again to export it anew"
-        )
     quantized = quantize_backbone(backbone.to(device), calibration, manifest.bits).to(device)
     network = exits.network(quantized).to(device)
-    costs = np.array([manifest.costs[str(path)] for path in policy.tree.paths])
-    return DeployedRouter(Router(network, policy, costs).eval(), manifest.preprocessing.transform(), manifest)
+    try:
+        router = Router(network, policy, manifest.costs).eval()
+    except InvalidPathError as error:
+        raise DamagedTableError(f"{folder / MANIFEST}: costs: {error}; run the sweep again to export it anew") from None
+    return DeployedRouter(router, manifest.preprocessing.transform(), manifest)
 
 
 def read_manifest(folder: FilePath) -> RouterManifest:
@@ -223,6 +295,8 @@ def read_manifest(folder: FilePath) -> RouterManifest:
             manifest = RouterManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise StoreError(f"{path}: not a router of this version of quee: {first_misfit(error)}") from None
+    except (ShapeMismatchError, NumericError, InvalidPathError) as error:
+        raise StoreError(f"{path}: not a router of this version of quee: {error}") from None
     if manifest.format != FORMAT:
         raise StoreError(
             f"{path}: format {manifest.format}, this version of quee reads {FORMAT}; run the sweep again to write it"

@@ -1,6 +1,7 @@
 """From outcome tables and fitted gates to what the report shows: fronts, budgets, shares, calibration (design, 11).
 
-Everything that is chosen is chosen on `select`; `test` is only measured. All comparisons are paired: the same test
+Thresholds are tuned on `target` and `select`, predictors fitted on `target` and chosen on `select`; `test` is only
+measured. All comparisons are paired: the same test
 images, the same costs, the same resamples.
 """
 
@@ -38,10 +39,13 @@ from quee_core.record import (
     ShareRow,
     UniformAccuracy,
 )
+from quee_core.shipping import GateFront, Shipped, rule_decisions
 from quee_core.tables import Outcomes
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
 QUEE = "quee"
+GATES = "gates"
+BUDGET_SHARES = (0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)  # of the way from the cheapest path to the full one
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,32 +74,35 @@ class PricedTree:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredFront:
-    """One method: operating points chosen on `select`, measured on `test`.
+    """One method: operating points chosen without a look at `test`, and measured on it.
 
-    cost: float64 [points], ascending on `select`. correct: bool [points, n]. chosen: positions of the points in
-    `decisions`.
+    cost: float64 [points], ascending where they were chosen. correct: bool [points, n].
     """
 
     decisions: Decisions
-    chosen: NDArray[np.intp]
     cost: NDArray[np.float64]
     correct: NDArray[np.bool_]
 
 
-def quee_decisions(
+def gate_decisions(
     policy: GatePolicy, costs: NDArray[np.float64], prices: NDArray[np.float64], outcomes: Outcomes
 ) -> Decisions:
-    """QuEE's choices at every price: the gates' rule replayed over `outcomes`."""
+    """The gates' choices at every price: their rule replayed over `outcomes` (equation 4)."""
     choice = replay(policy.tree, policy.predictions(outcomes), costs, prices, images=len(outcomes.labels))
-    return Decisions(QUEE, "quee", describe_prices(prices.tolist()), tuple(prices.tolist()), choice)
+    return Decisions(GATES, "part", describe_prices(prices.tolist()), tuple(prices.tolist()), choice)
 
 
 def measure(pair: PolicyPair, select: Outcomes, test: Outcomes) -> MeasuredFront:
     """Choose operating points on `select`, and measure those alone on `test`."""
     chosen = choose_points(*operating_points(pair.select, select.errors, pair.costs))
-    picked = pair.test.take(chosen)
-    cost, _ = operating_points(picked, test.errors, pair.costs)
-    return MeasuredFront(picked, chosen, cost, correctness(picked, test.errors))
+    costs = np.broadcast_to(pair.costs, (len(pair.test.settings), test.errors.shape[1]))
+    return measured(pair.test.take(chosen), test, costs[chosen])
+
+
+def measured(decisions: Decisions, test: Outcomes, costs: NDArray[np.float64]) -> MeasuredFront:
+    """The front of decisions that were chosen elsewhere; costs as `operating_points` takes them."""
+    cost, _ = operating_points(decisions, test.errors, costs)
+    return MeasuredFront(decisions, cost, correctness(decisions, test.errors))
 
 
 def select_hypervolume(decisions: Decisions, outcomes: Outcomes, costs: NDArray[np.float64], low: float) -> float:
@@ -107,11 +114,40 @@ def select_hypervolume(decisions: Decisions, outcomes: Outcomes, costs: NDArray[
 
 
 def baseline_fronts(
-    priced: PricedTree, select: Outcomes, test: Outcomes, prices: NDArray[np.float64], seed: int
+    priced: PricedTree, tuning: Outcomes, test: Outcomes, prices: NDArray[np.float64], seed: int
 ) -> dict[str, MeasuredFront]:
-    """Every baseline of the registry, tuned on `select` and measured on `test`."""
-    data = BaselineData(priced.tree, priced.final, priced.every, select, test, seed)
-    return {name: measure(fit(data, prices), select, test) for name, fit in BASELINES.items()}
+    """Every baseline of the registry, tuned on `tuning` and measured on `test`."""
+    data = BaselineData(priced.tree, priced.final, priced.every, tuning, test, seed)
+    return {name: measure(fit(data, prices), tuning, test) for name, fit in BASELINES.items()}
+
+
+def all_fronts(
+    policy: GatePolicy,
+    gates: Sequence[float],
+    shipped: Sequence[Shipped],
+    priced: PricedTree,
+    outcomes: tuple[Outcomes, Outcomes, Outcomes],
+    prices: NDArray[np.float64],
+    seed: int,
+) -> dict[str, MeasuredFront]:
+    """Quee's front, that of its gates alone, and every baseline's, measured on `test`.
+
+    gates: what the policy's decisions cost, absolute, root first. outcomes: target, select and test; baselines may tune
+    on the first two.
+    """
+    target, select, test = outcomes
+    costs = priced.gated(gates)
+    on_select, on_test = (gate_decisions(policy, costs, prices, split) for split in (select, test))
+    ours, own = rule_decisions(shipped, priced.table, priced.tree, test, GateFront(on_test, costs), method=QUEE)
+    return {
+        QUEE: measured(ours, test, own),
+        GATES: measure(PolicyPair(on_select, on_test, costs), select, test),
+    } | baseline_fronts(priced, Outcomes.joined_answers([target, select]), test, prices, seed)
+
+
+def budgets_of(settings: EvaluationConfig, low: float) -> tuple[float, ...]:
+    """Relative costs to compare at: those of the configuration, or seven from near `low`, the cheapest path's, on."""
+    return settings.budgets or tuple(round(low + (1 - low) * share, 3) for share in BUDGET_SHARES)
 
 
 def front_records(
@@ -149,7 +185,7 @@ def budget_rows(fronts: Mapping[str, MeasuredFront], settings: EvaluationConfig,
 
     Which baseline is the best is seen on `test` itself: luck that helps it alone, so that differences err against quee.
     """
-    budgets = np.array([b for b in settings.budgets if b >= low])
+    budgets = np.array([b for b in budgets_of(settings, low) if b >= low])
     if not len(budgets):
         return ()
     values = {name: at_budgets(f.cost, f.correct, budgets) for name, f in fronts.items()}
@@ -207,7 +243,7 @@ def share_rows(
     front: MeasuredFront, tree: PathTree, test: Outcomes, class_names: Sequence[str], wanted: int = 5
 ) -> tuple[ShareRow, ...]:
     """Share of images per path, over all and by class, at up to `wanted` prices spread over the front (Fig. 1)."""
-    picked = np.unique(np.linspace(0, len(front.chosen) - 1, min(wanted, len(front.chosen))).round().astype(int))
+    picked = np.unique(np.linspace(0, len(front.cost) - 1, min(wanted, len(front.cost))).round().astype(int))
     groups = [("all", np.ones(len(test.labels), bool))]
     groups += [(name, test.labels == k) for k, name in enumerate(class_names)]
     rows = []

@@ -1,6 +1,6 @@
 """The fitted exits of a backbone: a quantised head and an embedding for each (design, sections 4 and 5)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quee_core.archive import pack, unpack
 from quee_core.config import HeadsConfig
 from quee_core.errors import ConfigError
+from quee_core.features import HeadViews
 from quee_core.fingerprints import array_fingerprint
 from quee_core.heads import ExitHead, train_head
 from quee_core.network import PathNetwork, Projection
@@ -21,7 +22,10 @@ from quee_core.quantize.calibration import QuantizedBackbone, linear_from_arrays
 from quee_core.quantize.layers import QuantLinear
 
 KIND = "exits"
+FITTED_ROWS = 40_000  # that a PCA is fitted to
 HEAD_CALIBRATION_ROWS = 4096
+HEAD_LAYERS = ("linear", "inner", "outer")
+_HEAD_WEIGHTS = tuple(f"head/{name}_weight" for name in HEAD_LAYERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,8 @@ class FittedExits:
     def head_macs(self) -> list[int | None]:
         """Multiply-accumulates of each exit's head; None where it is the backbone's own."""
         return [
-            None if self._is_own(k) else int(arrays["head/float_weight"].size) for k, arrays in enumerate(self.exits)
+            None if self._is_own(k) else sum(int(a.size) for name, a in arrays.items() if name in _HEAD_WEIGHTS)
+            for k, arrays in enumerate(self.exits)
         ]
 
     @property
@@ -75,42 +80,43 @@ class FittedExits:
 
 
 def fit_exits(
-    pooled: Mapping[int, Sequence[Tensor]],
-    labels: NDArray[np.int64],
+    views: HeadViews,
     *,
     classes: int,
     own_last_head: bool,
     heads: HeadsConfig,
     dimensions: int,
+    embed_dim: int,
     edge: int,
     method: str,
 ) -> FittedExits:
     """Fit every exit on the `fit` split.
 
-    pooled: per precision, a float tensor [n, 2 d] for each exit, as `features.uniform_pooled_tokens` gives. labels:
-    int64 [n]. edge: bit-width of the heads. Each exit is seeded by itself, so that it does not depend on the others.
-    Raises ConfigError for more PCA dimensions than pooled features or images.
+    views: as `features.head_views` gives. dimensions: PCA components kept, of the first two statistics of
+    `embed_dim` features. edge: bit-width of the heads. Each exit is seeded by itself: it does not depend on the others.
+    Raises ConfigError for more PCA dimensions than features or images.
     """
-    depth = len(next(iter(pooled.values())))
-    widths = sorted(pooled)
     fitted = []
-    for k in range(depth):
-        features = [pooled[b][k] for b in widths]
-        arrays = _fit_projection(torch.cat(features).numpy(), dimensions, heads.seed)
-        if not (own_last_head and k == depth - 1):
-            head = train_head(
-                features,
-                torch.from_numpy(labels),
-                classes,
-                epochs=heads.epochs,
-                learning_rate=heads.learning_rate,
-                weight_decay=heads.weight_decay,
-                batch=heads.batch,
-                seed=heads.seed,
-            )
-            arrays |= _head_to_arrays(head, torch.cat(features), edge, method)
+    width = heads.statistics * embed_dim
+    plain = int((views.shown == 0).sum())  # the images as they are, which come first
+    for index, pooled in enumerate(views.pooled):
+        rows = _spread_rows(pooled[:plain], FITTED_ROWS, 2 * embed_dim)
+        arrays = _fit_projection(rows.numpy(), dimensions, heads.seed)
+        if not (own_last_head and index == len(views.pooled) - 1):
+            rows = _spread_rows(pooled[:plain], HEAD_CALIBRATION_ROWS, width)
+            arrays |= _head_to_arrays(train_head(views, index, classes, heads, width), rows, edge, method)
         fitted.append(arrays)
     return FittedExits(tuple(fitted), own_last_head)
+
+
+def _spread_rows(pooled: Tensor, count: int, width: int) -> Tensor:
+    """About `count` rows of views [views, n, f], every so many, or all; their first features, float32 [rows, width]."""
+    views, images, _ = pooled.shape
+    step = max(1, views * images // count)
+    # a step that the images are a multiple of would take the same ones of every view
+    step += step > 1 and images % step == 0
+    picked = torch.arange(0, views * images, step)
+    return pooled[picked // images, picked % images, :width]
 
 
 def _fit_projection(rows: NDArray[np.float32], dimensions: int, seed: int) -> dict[str, NDArray[Any]]:
@@ -124,29 +130,31 @@ def _fit_projection(rows: NDArray[np.float32], dimensions: int, seed: int) -> di
 
 
 def _head_to_arrays(head: ExitHead, rows: Tensor, edge: int, method: str) -> dict[str, NDArray[Any]]:
-    arrays = {
-        "head/norm_weight": head.norm.weight.numpy(),
-        "head/norm_bias": head.norm.bias.numpy(),
-        "head/float_weight": head.linear.weight.numpy(),
-        "head/float_bias": head.linear.bias.numpy(),
-    }
-    if edge != FULL_PRECISION:
-        step = max(1, len(rows) // HEAD_CALIBRATION_ROWS)
-        layer = quantize_linear(head.linear, head.norm(rows[::step]), edge, method)
-        assert isinstance(layer, QuantLinear)  # below full precision
-        arrays |= {f"quantized/{name}": a for name, a in linear_to_arrays(layer).items()}
+    """Weights of the head's norm and layers, each layer in float, and quantised on what `rows` make its inputs."""
+    arrays = {"head/norm_weight": head.norm.weight.numpy(), "head/norm_bias": head.norm.bias.numpy()}
+    normed = head.normed(rows)
+    inputs = {"linear": normed}
+    if head.inner is not None:
+        inputs |= {"inner": normed, "outer": head.hidden(normed)}
+    for name, seen in inputs.items():
+        layer = head.get_submodule(name)
+        assert isinstance(layer, nn.Linear)  # until it is quantised
+        arrays |= {f"head/{name}_weight": layer.weight.numpy(), f"head/{name}_bias": layer.bias.numpy()}
+        if edge != FULL_PRECISION:
+            made = quantize_linear(layer, seen, edge, method)
+            assert isinstance(made, QuantLinear)  # below full precision
+            arrays |= {f"{name}/{field}": array for field, array in linear_to_arrays(made).items()}
     return arrays
 
 
 def _head_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
-    classes, width = arrays["head/float_weight"].shape
-    head = ExitHead(width, classes)
+    classes, width = arrays["head/linear_weight"].shape
+    head = ExitHead(width, classes, len(arrays["head/inner_bias"]) if "head/inner_bias" in arrays else 0)
     with torch.no_grad():
-        head.norm.weight.copy_(torch.from_numpy(arrays["head/norm_weight"]))
-        head.norm.bias.copy_(torch.from_numpy(arrays["head/norm_bias"]))
-        head.linear.weight.copy_(torch.from_numpy(arrays["head/float_weight"]))
-        head.linear.bias.copy_(torch.from_numpy(arrays["head/float_bias"]))
-    quantized = {name.partition("/")[2]: a for name, a in arrays.items() if name.startswith("quantized/")}
-    if quantized:
-        head.linear = linear_from_arrays(quantized)  # type: ignore[assignment]
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.from_numpy(arrays[f"head/{name.replace('.', '_')}"]))
+    for name in HEAD_LAYERS:
+        quantized = {field.partition("/")[2]: a for field, a in arrays.items() if field.partition("/")[0] == name}
+        if quantized:
+            setattr(head, name, linear_from_arrays(quantized))
     return head

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from quee_core.errors import ConfigError
 
 LIBRARIES = (
-    "torch", "torchvision", "timm", "numpy", "scikit-learn", "pyarrow", "pillow", "prefect", "dask", "mlflow", "quee",
+    "torch", "torchvision", "timm", "numpy", "scikit-learn", "scipy", "pyarrow", "pillow", "matplotlib",
+    "prefect", "dask", "mlflow", "quee",
 )  # fmt: skip
 COMPUTING = ("torch", "torchvision", "timm", "pillow")
 

@@ -1,4 +1,4 @@
-"""Accuracy-cost fronts: points chosen on `select`, measured on `test`, compared image by image (design, section 11)."""
+"""Accuracy-cost fronts: points chosen elsewhere, measured on `test`, compared image by image (design, section 11)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,18 +63,21 @@ def operating_points(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean cost and accuracy of every setting, float64 [settings] each.
 
-    errors: bool [n, paths]; costs: float64 [paths]. A setting that sends all images down one path costs exactly what
-    the path does. Raises ShapeMismatchError if images or paths disagree.
+    errors: bool [n, paths]. costs: of answering by each path, float64 [paths], or [settings, paths] where that depends
+    on what a setting runs besides; what a setting never uses does not matter. A setting that sends all images down one
+    path costs exactly what the path does. Raises ShapeMismatchError if images or paths disagree.
     """
     _check_images(decisions, errors)
-    if costs.shape != (errors.shape[1],):
+    settings, paths = len(decisions.choice), errors.shape[1]
+    if costs.shape not in ((paths,), (settings, paths)):
         raise ShapeMismatchError(f"costs {costs.shape}, errors {errors.shape}: want one cost a path")
-    cost, accuracy = np.empty(len(decisions.choice)), np.empty(len(decisions.choice))
+    cost, accuracy = np.empty(settings), np.empty(settings)
     image = np.arange(len(errors))
-    for k, choice in enumerate(decisions.choice):
-        used = np.bincount(choice, minlength=len(costs))
-        base = costs[used > 0].min()
-        cost[k] = base + used @ (costs - base) / len(errors)
+    for k, (choice, own) in enumerate(zip(decisions.choice, np.broadcast_to(costs, (settings, paths)), strict=True)):
+        counts = np.bincount(choice, minlength=paths)
+        used = np.flatnonzero(counts)
+        base = own[used].min()
+        cost[k] = base + counts[used] @ (own[used] - base) / len(errors)
         accuracy[k] = 1 - np.count_nonzero(errors[image, choice]) / len(errors)
     return cost, accuracy
 

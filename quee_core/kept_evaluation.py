@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from quee_core.deployment import router_digest
 from quee_core.errors import DamagedTableError
-from quee_core.fingerprints import code_version, environment_versions, fingerprint
+from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
 from quee_core.plan import SweepPlan
 from quee_core.record import SweepRecord
 from quee_core.store import Store
@@ -22,7 +22,9 @@ def evaluation_key(plan: SweepPlan, outcomes_key: str, device: str) -> str:
     on them, the section `run`, does not matter.
     """
     config = plan.config.model_dump(mode="json", exclude={"run"})
-    return fingerprint([outcomes_key, config, device, code_version(("quee_core",)), environment_versions()])
+    versions = library_versions()
+    fitted_by = [versions[name] for name in ("numpy", "scipy", "scikit-learn")]
+    return fingerprint([outcomes_key, config, device, code_version(("quee_core",)), environment_versions(), fitted_by])
 
 
 def find_evaluation(store: Store, key: str, router: FilePath) -> SweepRecord | None:

@@ -17,18 +17,18 @@ from quee_core.quantize.calibration import QuantizedBackbone
 
 @dataclass(frozen=True)
 class Projection:
-    """PCA of an exit's pooled tokens: mean float64 [2 d], components float64 [2 d, k]."""
+    """PCA of the first f pooled features of an exit: mean float64 [f], components float64 [f, k]."""
 
     mean: NDArray[np.float64]
     components: NDArray[np.float64]
 
     def __call__(self, pooled: Tensor) -> NDArray[np.float32]:
-        """Embedding float32 [n, k] of pooled tokens float [n, 2 d], on any device.
+        """Embedding float32 [n, k] of pooled tokens float [n, f or more], on any device.
 
         Computed in float64: the table keeps float16, so the batch that an image comes in never shows. By torch, not
         by numpy, whose BLAS has threads of its own: they spin on after a product and halve the speed of segments.
         """
-        centred = pooled.cpu().double() - torch.from_numpy(self.mean)
+        centred = pooled[:, : len(self.mean)].cpu().double() - torch.from_numpy(self.mean)
         embedding: NDArray[np.float32] = (centred @ torch.from_numpy(self.components)).float().numpy()
         return embedding
 

@@ -31,8 +31,18 @@ _CALIBRATION_CODE = (
     "quee_core.data.preprocessing", "quee_core.data.decoding",
     "quee_core.archive", "quee_core.costs",
 )  # fmt: skip
-_EXITS_CODE = (*_CALIBRATION_CODE, "quee_core.heads", "quee_core.exits", "quee_core.features")
-_CELL_CODE = (*_CALIBRATION_CODE, "quee_core.features", "quee_core.network", "quee_core.tables", "quee_core.exits")
+_EXITS_CODE = (
+    *_CALIBRATION_CODE, "quee_core.heads", "quee_core.exits", "quee_core.features", "quee_core.data.augmentation",
+    "quee_core.data.splits",
+)  # fmt: skip
+_CELL_CODE = (
+    *_CALIBRATION_CODE,
+    "quee_core.features",
+    "quee_core.network",
+    "quee_core.tables",
+    "quee_core.exits",
+    "quee_core.heads",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +63,19 @@ class SweepPlan:
         return tuple(sorted({*(self.config.heads.bits or self.tree.bits), FULL_PRECISION}))
 
     @property
+    def edge_bits(self) -> int:
+        """Bit-width of stem and heads."""
+        return self.config.quantization.edge_bits or edge_bits(self.tree.bits)
+
+    @property
+    def stem_bits(self) -> int:
+        """Bit-width of the stem behind its first layer."""
+        return self.config.quantization.stem_bits or self.edge_bits
+
+    @property
     def calibrated_bits(self) -> tuple[int, ...]:
-        """Bit-widths that need a calibration: those of paths and heads, and of stem and heads."""
-        wanted = {*self.tree.bits, *self.head_bits, edge_bits(self.tree.bits)}
+        """Bit-widths that need a calibration: those of paths and heads' training, of stem and of heads."""
+        wanted = {*self.tree.bits, *self.head_bits, self.edge_bits, self.stem_bits}
         return tuple(sorted(wanted - {FULL_PRECISION}))
 
     @cached_property
@@ -122,7 +142,8 @@ class SweepPlan:
                 "images": self.images_fingerprint(self.calibration_images()),
                 "method": self.config.quantization.method,
                 "bits": self.calibrated_bits,
-                "edge": edge_bits(self.tree.bits),
+                "edge": self.edge_bits,
+                "stem": self.stem_bits,
                 "code": code_version(_CALIBRATION_CODE),
                 "versions": environment_versions(),
             }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-MethodKind = Literal["quee", "baseline", "bound"]
+MethodKind = Literal["quee", "part", "baseline", "bound"]  # a part of quee's is the front of one of its rules alone
 
 
 class Frozen(BaseModel):
@@ -18,7 +18,7 @@ class Frozen(BaseModel):
 
 
 class FrontPoint(Frozen):
-    """One operating point, chosen on `select` (where `chosen`) and measured on `test`."""
+    """One operating point, chosen without a look at `test` (where `chosen`) and measured on it."""
 
     setting: str  # what reproduces the point: "λ = 0.12", "8-4-2", "p_max, 4 bits, λ = 0.2"
     price: float | None  # λ, where the point has one

@@ -1,6 +1,6 @@
 """The deployable network: it takes the gates' decisions itself, and computes only what they ask for (design, 9)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quee_core.errors import ShapeMismatchError
-from quee_core.gates import EXIT_NOW, GateTable, gate_tables, next_actions
+from quee_core.cascades import Cascade, look_costs
+from quee_core.costs import CostTable, path_costs, relative
+from quee_core.errors import InvalidPathError, ShapeMismatchError
+from quee_core.gates import EXIT_NOW, GateTable, check_prices, gate_tables, next_actions
 from quee_core.network import Answer, PathNetwork
 from quee_core.paths import ROOT, Path
 from quee_core.policy import GatePolicy
+from quee_core.shipping import GateRule, Rule
 from quee_core.tables import Outcomes, feature_table, softmax
+from quee_core.thresholds import confidence_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,42 +25,87 @@ class Routed:
     """What the router answers for n images.
 
     label: int64 [n], position among the classes. probabilities: float32 [n, classes], of the exit that answered.
-    path: int16 [n], position in the tree's paths. cost: float64 [n], relative to the full path at the highest
-    bit-width, heads and gates on the way included.
+    path: int16 [n], position in the tree's paths, of the answer. cost: float64 [n], relative to the full path at the
+    highest bit-width, all that ran included: heads, gates, and looks that were not sure. journeys: by position of a
+    path, what has run when it answers, "2 > 4-4" where it was a second look.
     """
 
     label: NDArray[np.int64]
     probabilities: NDArray[np.float32]
     path: NDArray[np.int16]
     cost: NDArray[np.float64]
+    journeys: Mapping[int, str]
 
 
 class Router(nn.Module):
     """Sends every image of a batch along its own path, regrouping the survivors at each gate.
 
-    network: runs segments and heads. policy: predicts errors at every gate. costs: relative cost of every path of
-    `policy.tree`, float64 [paths], gates and heads on the way included. Decisions are those of `gates.replay` on
-    the tables, image by image, whatever the batch.
+    network: runs segments and heads. policy: predicts errors at every gate. table: cost of every piece, the policy's
+    gates included. Decisions are those of `gates.replay` and `Cascade.decide` on the tables, image by image, whatever
+    the batch.
     """
 
-    def __init__(self, network: PathNetwork, policy: GatePolicy, costs: NDArray[np.float64]) -> None:
+    def __init__(self, network: PathNetwork, policy: GatePolicy, table: CostTable) -> None:
         super().__init__()
         self.network = network
         self.policy = policy
-        self.costs = costs
-        self._tables: Mapping[Path, GateTable] = gate_tables(policy.tree, costs)
+        self.table = table
+        tree = policy.tree
+        self.costs = relative(path_costs(table, tree.paths, evaluated="every"), table, tree)
+        self._tables: Mapping[Path, GateTable] = gate_tables(tree, self.costs)
 
-    def forward(self, images: Tensor, price: float) -> Routed:
-        """Route preprocessed images float [n, c, h, w] at the price λ (errors that one full path is worth).
+    def forward(self, images: Tensor, rule: Rule) -> Routed:
+        """Route preprocessed images float [n, c, h, w] by the gates at a price, or by a cascade.
 
-        Raises ConfigError for a price that is negative or not finite, ShapeMismatchError for no images.
+        Raises ConfigError for a price that is negative or not finite, ShapeMismatchError for no images,
+        InvalidPathError for a cascade that looks along a path that is not in the tree.
         """
         if images.ndim != 4 or len(images) == 0:
             raise ShapeMismatchError(f"images: shape {tuple(images.shape)}; want [n, channels, height, width], n >= 1")
-        state = _Answers(len(images), self.policy.tree.index)
         stem = self.network.stem(images.to(self.network.device))
-        root = np.repeat(self.policy.predictors[ROOT].predict(np.zeros((1, 0))), len(images), axis=0)
-        pending = self._continued(ROOT, stem, np.arange(len(images)), root, price)
+        return self._cascaded(stem, rule) if isinstance(rule, Cascade) else self._gated(stem, rule)
+
+    def _cascaded(self, stem: Tensor, cascade: Cascade) -> Routed:
+        """Look after look, over the images that are not answered yet."""
+        index = self.policy.tree.index
+        if absent := [str(look) for look in cascade.looks if look not in index]:
+            raise InvalidPathError(f"look {absent[0]}: not a path of the router's tree")
+        state = _Answers(len(stem), index)
+        costs = relative(look_costs(self.table, cascade.looks), self.table, self.policy.tree)
+        taken, rows, known = np.zeros(len(stem), np.intp), np.arange(len(stem)), {ROOT: stem}
+        for k, look in enumerate(cascade.looks):
+            tokens = self._tokens(look, known, cascade.looks[k + 1 :])
+            logits = self.network.logits(look.exit, tokens).float().cpu().numpy()
+            sure = np.ones(len(rows), bool)
+            if k < len(cascade.thresholds):
+                seen = self._table(look, Answer(logits, np.zeros((len(logits), 1), np.float32)))
+                sure = confidence_of(seen, [0], cascade.measure)[:, 0] >= cascade.thresholds[k]
+            state.take(look, rows[sure], logits[sure])
+            taken[rows[sure]] = k
+            if sure.all():
+                break
+            left = torch.from_numpy(np.flatnonzero(~sure)).to(stem.device)
+            rows, known = rows[~sure], {path: kept[left] for path, kept in known.items()}
+        journeys = {index[look]: cascade.journey(k) for k, look in enumerate(cascade.looks)}
+        return Routed(state.probabilities.argmax(1), state.probabilities, state.path, costs[taken], journeys)
+
+    def _tokens(self, look: Path, known: dict[Path, Tensor], later: Sequence[Path]) -> Tensor:
+        """Tokens behind `look`, from the longest known beginning on; `known` is left with what `later` looks share."""
+        start = max((path for path in known if look.extends(path)), key=lambda path: path.exit)
+        tokens = known[start]
+        for path in [path for path in look.prefixes() if path.exit > start.exit]:
+            tokens = self.network.run(path.exit - 1, path.bits[-1], tokens)
+            if any(other.extends(path) for other in later):
+                known[path] = tokens
+        for path in [path for path in known if not any(other.extends(path) for other in later)]:
+            del known[path]
+        return tokens
+
+    def _gated(self, stem: Tensor, rule: GateRule) -> Routed:
+        price = float(check_prices(rule.price)[0])
+        state = _Answers(len(stem), self.policy.tree.index)
+        root = np.repeat(self.policy.predictors[ROOT].predict(np.zeros((1, 0))), len(stem), axis=0)
+        pending = self._continued(ROOT, stem, np.arange(len(stem)), root, price)
         while pending:
             path, tokens, rows = pending.pop()
             answer = self.network.answer(path.exit, tokens)
@@ -69,7 +118,8 @@ class Router(nn.Module):
             state.take(path, rows[stay], answer.logits[stay])
             pending += self._split(path, tokens, rows, actions)
         chosen = state.path
-        return Routed(state.probabilities.argmax(1), state.probabilities, chosen, self.costs[chosen])
+        journeys = {k: str(path) for k, path in enumerate(self.policy.tree.paths)}
+        return Routed(state.probabilities.argmax(1), state.probabilities, chosen, self.costs[chosen], journeys)
 
     def _continued(
         self, gate: Path, tokens: Tensor, rows: NDArray[np.intp], predicted: NDArray[np.float64], price: float
@@ -88,10 +138,13 @@ class Router(nn.Module):
         return groups
 
     def _features(self, gate: Path, answer: Answer) -> NDArray[np.float32]:
-        # through a table, so that the features are rounded as those that the predictors were fitted to
+        return self._table(gate, answer).gate_features(gate, self.policy.kinds[gate])
+
+    def _table(self, path: Path, answer: Answer) -> Outcomes:
+        # through a table, so that features are rounded as those that predictors and thresholds were fitted to
         n = len(answer.logits)
         table = feature_table(np.arange(n), np.zeros(n, np.int16), answer.logits, answer.embedding)
-        return Outcomes.from_tables([(gate, table)]).gate_features(gate, self.policy.kinds[gate])
+        return Outcomes.from_tables([(path, table)])
 
 
 class _Answers:

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import torch
 
-from quee_core.costs import CostTable, Piece, bitops_table, edge_bits, measured_table
+from quee_core.costs import CostTable, Piece, bitops_table, measured_table
 from quee_core.data.splits import SplitName, image_count
 from quee_core.errors import DamagedTableError
 from quee_core.exits import FittedExits, fit_exits
-from quee_core.features import OnImages, ignore_progress, uniform_pooled_tokens, walk
+from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
 from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
 from quee_core.network import PathNetwork
@@ -58,7 +58,8 @@ def calibration_of(plan: SweepPlan, store: Store, device: torch.device) -> tuple
         images.to(device),
         plan.calibrated_bits,
         plan.config.quantization.method,
-        edge_bits=edge_bits(plan.tree.bits),
+        edge_bits=plan.edge_bits,
+        stem_bits=plan.stem_bits,
     )
     store.put_artefact("calibration", plan.calibration_key, calibration.to_bytes())
     return calibration, Work(1, 0)
@@ -87,22 +88,26 @@ def exits_of(
         disk_faults(scratch, "written"),
         closing(plan.batches(chosen)) as batches,
     ):
-        pooled, labels = uniform_pooled_tokens(
+        heads = plan.config.heads
+        views = head_views(
             quantized,
             batches,
             plan.head_bits,
             images=image_count(chosen),
+            copies=heads.copies,
+            mirror=heads.mirror,
+            seed=heads.seed,
             scratch=FilePath(scratch),
             on_images=on_images,
         )
         exits = fit_exits(
-            pooled,
-            labels,
+            views,
             classes=len(plan.dataset.description.classes),
             own_last_head=plan.loaded.backbone.num_classes > 0,
-            heads=plan.config.heads,
+            heads=heads,
             dimensions=plan.config.embedding.dimensions,
-            edge=edge_bits(plan.tree.bits),
+            embed_dim=plan.loaded.backbone.embed_dim,
+            edge=plan.edge_bits,
             method=plan.config.quantization.method,
         )
     store.put_artefact("exits", plan.exits_key, exits.to_bytes())
@@ -131,7 +136,8 @@ def cells_of(
         "backbone": plan.loaded.fingerprint,
         "code": plan.cell_code,
     }
-    widths = {b: calibration.fingerprint_of(b) for b in (*plan.calibrated_bits, edge_bits(plan.tree.bits))}
+    everywhere = {plan.edge_bits, plan.stem_bits}
+    widths = {b: calibration.fingerprint_of(b) for b in plan.calibrated_bits}
     cells = {}
     for path in paths:
         blocks = plan.blocks(path)
@@ -139,7 +145,8 @@ def cells_of(
             common
             | {
                 "blocks": str(blocks),
-                "calibrations": [widths.get(b, "float") for b in sorted({*path.bits, edge_bits(plan.tree.bits)})],
+                "edge": [plan.edge_bits, plan.stem_bits],
+                "calibrations": [widths.get(b, "float") for b in sorted({*path.bits, *everywhere})],
                 "exit": exits.fingerprint_of(path.exit),
             }
         )
@@ -263,11 +270,14 @@ def costs_of(
 
     Time is measured once for each network and device, and kept in the store: a rerun must not change the fronts.
     """
-    bitops = bitops_table(plan.loaded.backbone, exits.head_macs(), plan.tree.bits)
+    bitops = bitops_table(
+        plan.loaded.backbone, exits.head_macs(), plan.tree.bits, edge=plan.edge_bits, stem=plan.stem_bits
+    )
     key = fingerprint(
         {
             "exits": plan.exits_key,
             "bits": plan.tree.bits,
+            "edge": [plan.edge_bits, plan.stem_bits],
             "batch": plan.config.cost.batch,
             "repeats": plan.config.cost.repeats,
             "device": device_name(device),
@@ -284,6 +294,7 @@ def costs_of(
         bits=plan.tree.bits,
         depth=plan.tree.depth,
         batch_size=plan.config.cost.batch,
+        edge=plan.edge_bits,
         repeats=plan.config.cost.repeats,
         synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
     )

@@ -8,20 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core import __version__
-from quee_core.baselines import PolicyPair
-from quee_core.costs import CostTable, Macs, backbone_macs, edge_bits
+from quee_core.costs import CostTable, Macs, backbone_macs
 from quee_core.errors import NumericError
 from quee_core.evaluation import (
     QUEE,
     PricedTree,
     absolute_full_cost,
-    baseline_fronts,
+    all_fronts,
     budget_rows,
+    budgets_of,
     calibration_records,
     drop_rows,
     front_records,
-    measure,
-    quee_decisions,
+    gate_decisions,
     select_hypervolume,
     share_rows,
     uniform_accuracies,
@@ -34,9 +33,13 @@ from quee_core.paths import FULL_PRECISION, ROOT, Path
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy
 from quee_core.record import GridRow, SegmentCost, SweepRecord
+from quee_core.shipping import Shipped
 from quee_core.tables import Outcomes
 
-_EVALUATION_CODE = ("quee_core.evaluation", "quee_core.gates", "quee_core.fronts", "quee_core.summary")
+_EVALUATION_CODE = (
+    "quee_core.evaluation", "quee_core.gates", "quee_core.fronts", "quee_core.summary", "quee_core.shipping",
+    "quee_core.cascades", "quee_core.thresholds", "quee_core.teacher",
+)  # fmt: skip
 GateCosts = Callable[[GridPoint, GatePolicy], tuple[float, ...]]  # per exit, root first, in the cost table's unit
 
 
@@ -78,7 +81,7 @@ def choose_winner(
             continue
         gates = gate_costs(point, policy)
         costs = priced.gated(gates)
-        volume = select_hypervolume(quee_decisions(policy, costs, prices, select), select, costs, low)
+        volume = select_hypervolume(gate_decisions(policy, costs, prices, select), select, costs, low)
         quality = mean_quality(own)
         row = GridRow(
             point=point.as_dict(), rmse=quality.rmse, brier=quality.brier, ece=quality.ece, hypervolume=volume,
@@ -100,24 +103,21 @@ def summarise(
     tables: tuple[CostTable, CostTable],
     winner: Winner,
     winner_gates: tuple[Sequence[float], Sequence[float]],
+    shipped: Sequence[Shipped],
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
     device: str,
 ) -> SweepRecord:
     """The record of a sweep, without timings.
 
-    tables: BitOps and milliseconds; winner_gates: the winner's gates in both. outcomes: target, select and test.
+    tables: BitOps and milliseconds; winner_gates: the winner's gates in both. shipped: the rules of quee's front.
+    outcomes: target, select and test.
     """
     config, settings = plan.config, plan.config.evaluation
-    target, select, test = outcomes
+    target, _, test = outcomes
     prices = config.prices.grid()
     low = float(priced.final.min())
-    pair = PolicyPair(
-        quee_decisions(winner.policy, winner.costs, prices, select),
-        quee_decisions(winner.policy, winner.costs, prices, test),
-        winner.costs,
-    )
-    fronts = {QUEE: measure(pair, select, test)} | baseline_fronts(priced, select, test, prices, settings.seed)
+    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, settings.seed)
     budgets = budget_rows(fronts, settings, low)
     full = Path((max(plan.tree.bits),) * plan.tree.depth)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[full]].mean())
@@ -142,7 +142,7 @@ def summarise(
         bits=plan.tree.bits,
         paths=len(plan.tree.paths),
         splits=dict(plan.images),
-        cautions=plan.cautions + unreached_budgets(settings.budgets, budgets, low),
+        cautions=plan.cautions + unreached_budgets(budgets_of(settings, low), budgets, low),
         fronts=front_records(fronts, low, settings),
         budgets=budgets,
         drops=drop_rows(fronts, full_accuracy),
@@ -176,10 +176,11 @@ def segment_costs(
 ) -> tuple[SegmentCost, ...]:
     """MACs, BitOps and milliseconds of every piece of the network, per image."""
     bitops, measured = tables
-    macs, edge = backbone_macs(plan.loaded.backbone), edge_bits(plan.tree.bits)
+    macs, edge, stem = backbone_macs(plan.loaded.backbone), plan.edge_bits, plan.stem_bits
     rows = [
         SegmentCost(
-            piece="stem", bits=edge, macs=macs.stem.total, bitops=bitops.stem, milliseconds=measured.stem
+            piece="stem" if stem == edge else f"stem, its first layer at {edge}", bits=stem, macs=macs.stem.total,
+            bitops=bitops.stem, milliseconds=measured.stem,
         )
     ]  # fmt: skip
     for bits in plan.tree.bits:

@@ -313,6 +313,20 @@ class Outcomes:
             embedding=np.stack([_matrix(t["embedding"]) for _, t in tables], axis=1),
         )
 
+    @classmethod
+    def joined_answers(cls, parts: Sequence["Outcomes"]) -> "Outcomes":
+        """The images of all `parts`, in their order, without their embeddings: they are most of the memory.
+
+        Raises ShapeMismatchError for no parts, or parts of different paths.
+        """
+        if not parts or any(part.paths != parts[0].paths for part in parts):
+            raise ShapeMismatchError("outcomes to join: want at least one, all of the same paths")
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS if name != "embedding"
+        }
+        none = np.empty((*arrays["errors"].shape, 0), np.float16)
+        return cls(paths=parts[0].paths, embedding=none, **arrays)
+
     @property
     def images(self) -> int:
         """n, the number of images."""

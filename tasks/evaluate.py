@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
 from quee_core.deployment import export_winner
-from quee_core.evaluation import PricedTree
+from quee_core.evaluation import PricedTree, gate_decisions
 from quee_core.gate_costs import gate_bitops, gate_milliseconds
 from quee_core.grid import GateFit, GridPoint, grid_points
 from quee_core.kept_evaluation import evaluation_key, find_evaluation, keep_evaluation
@@ -17,6 +17,7 @@ from quee_core.policy import GatePolicy
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.report.page import render
 from quee_core.runs import report_path, router_folder, write_record, write_text
+from quee_core.shipping import GateFront, choose_rules
 from quee_core.stages import costs_of, device_name, stored_floats
 from quee_core.summary import choose_winner, summarise
 from quee_core.tables import Outcomes
@@ -33,14 +34,14 @@ def evaluate(
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
     router = router_folder(folder)
     key = evaluation_key(plan, assembled.fitted_on + assembled.tested_on, device_name(device))
-    with stage("evaluate", 3, "steps") as work:
+    with stage("evaluate", 4, "steps") as work:
         record = find_evaluation(store, key, router)
         if record is None:
             record = _evaluated(sweep, assembled, fits, router)
             keep_evaluation(store, key, record, router)
             work.count(computed=1)
         else:
-            advance("evaluate", 3)
+            advance("evaluate", 4)
             work.count(reused=1)
     return record.model_copy(update={"timings": (*timings, work.timing())})
 
@@ -74,8 +75,12 @@ def _evaluated(sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], ro
     winner = choose_winner(grid_points(sweep), fits, priced, select, sweep.prices.grid(), gate_costs)
     advance("evaluate", 1)
     gates = (bitops(winner.policy), milliseconds(winner.point, winner.policy))
-    record = summarise(plan, exits, tables, winner, gates, priced, (target, select, test), device_name(device))
-    export_winner(plan, calibration, exits, winner, record, router)
+    prices = sweep.prices.grid()
+    on_select = GateFront(gate_decisions(winner.policy, winner.costs, prices, select), winner.costs)
+    shipped = choose_rules(priced.table, plan.tree, target, select, on_select, prices, sweep.seed)
+    advance("evaluate", 1)
+    record = summarise(plan, exits, tables, winner, gates, shipped, priced, (target, select, test), device_name(device))
+    export_winner(plan, calibration, exits, winner, priced.table, shipped, record, router)
     advance("evaluate", 1)
     return record
 

@@ -149,16 +149,28 @@ def test_a_stem_does_not_carry_the_blocks_along(tiny: Any) -> None:
     "architecture",
     ["vit", "distilled deit", "dinov2 with registers", "attention pooling, a register but no class token"],
 )
-def test_pooled_tokens_are_a_summary_and_the_mean_patch(architecture: str) -> None:
+def test_pooled_tokens_are_thirteen_statistics(architecture: str) -> None:
     name, overrides, prefix = ARCHITECTURES[architecture]
     model = create(name, **overrides)
     backbone = segment(model, (len(model.blocks),), name)
     tokens = backbone.stem(images_for(backbone)).detach()
     pooled = backbone.pooled(tokens)
-    assert pooled.shape == (2, 2 * backbone.embed_dim)
-    summary = tokens[:, 0] if model.cls_token is not None else tokens.mean(1)
-    torch.testing.assert_close(pooled[:, : backbone.embed_dim], summary)
-    torch.testing.assert_close(pooled[:, backbone.embed_dim :], tokens[:, prefix:].mean(1))
+    assert pooled.shape == (2, backbone.pooled_width) == (2, 13 * backbone.embed_dim)
+    found = pooled.unflatten(1, (13, backbone.embed_dim)).unbind(1)
+    patches = tokens[:, prefix:]
+    side = int(patches.shape[1] ** 0.5)
+    grid = patches.unflatten(1, (side, side))
+    torch.testing.assert_close(found[0], tokens[:, 0] if model.cls_token is not None else tokens.mean(1))
+    torch.testing.assert_close(found[1], patches.mean(1))
+    torch.testing.assert_close(found[2] ** 2, patches.var(1, unbiased=False), rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[3], patches.max(1).values)
+    assert torch.equal(found[4], patches.min(1).values)
+    before, behind = slice(0, (side + 1) // 2), slice(side // 2, side)
+    quarters = [grid[:, r, c].flatten(1, 2) for r in (before, behind) for c in (before, behind)]
+    for k, quarter in enumerate(quarters):
+        torch.testing.assert_close(found[5 + k], quarter.mean(1))
+        assert torch.equal(found[9 + k], quarter.max(1).values)
+    assert torch.equal(torch.stack(found[9:]).max(0).values, found[3])  # the quarters leave no patch out
 
 
 @given(st.integers(1, 60), st.integers(1, 12))

@@ -12,12 +12,12 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from quee_core.baselines import BASELINES, BaselineData, PolicyPair
-from quee_core.baselines.threshold import MEASURES, exits_taken, tune_thresholds
 from quee_core.config import PricesConfig
 from quee_core.errors import ConfigError, InvalidPathError, NumericError, ShapeMismatchError
 from quee_core.fronts import at_budgets, choose_points, correctness, operating_points
 from quee_core.paths import Path, PathTree
 from quee_core.tables import UNCERTAINTY, Outcomes, feature_table
+from quee_core.thresholds import CONFIDENCES, exits_taken, tune_thresholds
 
 CLASSES = 5
 PRICES = np.concatenate([[0.0], np.geomspace(0.01, 3, 12)])
@@ -337,7 +337,7 @@ class TestThreshold:
     def test_no_single_measure_and_bit_width_beats_the_hull_on_select(self) -> None:
         pair = BASELINES["threshold"](DATA, PRICES)
         cost, accuracy = operating_points(pair.select, DATA.select.errors, pair.costs)
-        for bits, (measure, sign) in itertools.product(TREE.bits, MEASURES.items()):
+        for bits, (measure, sign) in itertools.product(TREE.bits, CONFIDENCES.items()):
             ladder = DATA.ladder(bits)
             confidence = sign * DATA.select.uncertainty[:, ladder[:-1], UNCERTAINTY.index(measure)].astype(np.float64)
             errors = DATA.select.errors[:, ladder]

@@ -78,7 +78,7 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     first = run("sweep", config, "--json", folder=tmp_path)
     assert first.returncode == 0, first.stderr
     record = SweepRecord.model_validate_json(first.stdout)
-    assert {front.method for front in record.fronts} == {"quee", "static", "threshold", "random", "oracle"}
+    assert {front.method for front in record.fronts} == {"quee", "gates", "static", "threshold", "random", "oracle"}
     assert all(row.low <= row.accuracy <= row.high for row in record.budgets)
     assert (tmp_path / "runs" / "small" / "report.html").stat().st_size > 1_000_000
     assert not any(row.failure for row in record.grid)
@@ -92,6 +92,13 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert again.fronts == record.fronts
     assert again.budgets == record.budgets
     assert {r.info.run_id for r in tracked_runs(tmp_path, record)[1]} == tracked, "a rerun is not tracked again"
+
+    compared = json.loads(run("compare", "small", "--against", "small", "--json", folder=tmp_path).stdout)
+    assert [(one["n"], one["runs"]) for one in compared] == [(record.splits["test"], ["small"])]
+    for front in record.fronts:  # measured anew from tables and router, and the same
+        assert compared[0]["hypervolumes"][front.method] == pytest.approx(front.hypervolume, abs=1e-12)
+    assert compared[0]["saving"] == compared[0]["saving_against"]
+    assert "did you mean 'small'" in refused(tmp_path, "compare", "smal")
 
     shown = run("report", "small", folder=tmp_path)
     assert shown.returncode == 0

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quee_core.backbones import SegmentedBackbone, segment
+from quee_core.backbones import SegmentedBackbone, load_backbone, segment
 from quee_core.backbones.micro_vit import micro_vit
 from quee_core.costs import (
     BackboneMacs,
@@ -256,7 +256,11 @@ def test_a_path_without_costs(path: Path) -> None:
         (lambda: CostTable("bitops", 1.0, {5: (1.0,)}, (1.0,), ()), ShapeMismatchError, "0 gates and 1 heads"),
         (lambda: CostTable("bitops", 1.0, {33: (1.0,)}, (1.0,), (0.0,)), InvalidPathError, "33"),
         (lambda: CostTable("bitops", 1.0, {}, (1.0,), (0.0,)), InvalidPathError, "empty"),
-        (lambda: bitops_table(BackboneMacs(Macs(1, 0), (Macs(1, 0),), None), [1], ()), InvalidPathError, "empty"),
+        (
+            lambda: bitops_table(BackboneMacs(Macs(1, 0), Macs(1, 0), (Macs(1, 0),), None), [1], ()),
+            InvalidPathError,
+            "empty",
+        ),
     ],
 )
 def test_impossible_tables(build: Callable[[], CostTable], error: type[Exception], says: str) -> None:
@@ -335,3 +339,16 @@ def test_measurements_that_measure_nothing(wrong: dict[str, int]) -> None:
     settings: dict[str, Any] = {"depth": 1, "batch_size": 1, "repeats": 1, "warm_up": 0} | wrong
     with pytest.raises(ConfigError, match="want at least 1, 1, 1 and 0"):
         measured_table(lambda _: dict, bits=(4,), **settings)
+
+
+def test_the_stem_costs_by_its_own_bits() -> None:
+    """Its first layer, which sees the image, by those of the edge: as the calibration has it."""
+    backbone = load_backbone("micro_vit_fashion_mnist").backbone
+    macs = backbone_macs(backbone)
+    assert macs.first.total == 28 * 28 * 9 * 32
+    assert macs.first.total + macs.behind_first.total == macs.stem.total
+    heads = [100] * (backbone.depth - 1) + [None]
+    table = bitops_table(macs, heads, (2, 4), edge=6, stem=4)
+    assert table.stem == macs.first.total * 36 + macs.behind_first.total * 16
+    assert bitops_table(macs, heads, (2, 4), edge=6).stem == macs.stem.total * 36
+    assert bitops_table(macs, heads, (2, 4)).stem == macs.stem.total * 64

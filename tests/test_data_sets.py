@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from quee_core.backbones.registry import BACKBONES
+from quee_core.data import glyph_set
 from quee_core.data.datasets import DATASETS, ImageDataset, load_dataset
 from quee_core.data.decoding import decode
+from quee_core.data.glyph_set import PARTS, TRAINING, draw_glyphs, glyph_labels
 from quee_core.errors import ConfigError, DataError
 from tests.published_files import encoded, noise, write_folder, write_parquet
 
@@ -105,6 +108,46 @@ def test_the_bundled_set_has_a_thousand_images_of_each_class_in_both_parts(bundl
 def test_the_bundled_set_takes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fashion_mnist: it is bundled and takes no folder"):
         load_dataset("fashion_mnist", tmp_path)
+
+
+# The set that is drawn
+
+
+def test_glyphs_are_drawn_by_their_ids_alone() -> None:
+    together = draw_glyphs(range(100, 130))
+    np.testing.assert_array_equal(together[7:9], draw_glyphs(range(107, 109)))
+    assert together.dtype == np.uint8
+    assert len(np.unique(together.reshape(30, -1), axis=0)) == 30
+
+
+def test_glyphs_of_the_parts_and_of_training_have_nothing_in_common() -> None:
+    ids = [set(PARTS[part]) for part in PARTS] + [set(TRAINING)]
+    assert sum(map(len, ids)) == len(set.union(*ids))
+
+
+def test_glyphs_have_all_classes_evenly_and_are_not_blank() -> None:
+    glyphs = load_dataset("glyphs")
+    assert (glyphs.description.test_part, glyphs.description.trained_on) == ("test", "none")
+    for part in glyphs.description.parts:
+        counts = np.bincount(glyphs.labels(part), minlength=35)
+        assert counts.min() > 220
+        assert len(counts) == len(glyphs.description.classes) == 35
+    drawn = draw_glyphs(range(300))
+    assert (drawn.reshape(300, -1).std(axis=1) > 3).all()
+    assert glyphs.description.classes == BACKBONES["micro_vit_glyphs"].class_names
+
+
+def test_a_glyph_set_shows_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glyph_set, "PARTS", {"heldout": range(20), "test": range(20, 30)})
+    glyphs = glyph_set.GlyphSet()
+    np.testing.assert_array_equal(np.asarray(glyphs.image("test", 3)), draw_glyphs(range(23, 24))[0])
+    assert glyphs.content("test", 3) == draw_glyphs(range(23, 24)).tobytes()
+    np.testing.assert_array_equal(glyphs.labels("test"), glyph_labels(np.arange(20, 30)))
+
+
+def test_the_glyph_set_takes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="glyphs: it is drawn and takes no folder"):
+        load_dataset("glyphs", tmp_path)
 
 
 def test_licence_and_attribution_lie_beside_the_bundled_images() -> None:

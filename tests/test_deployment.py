@@ -12,17 +12,20 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from quee_core.backbones.registry import blank_backbone
+from quee_core.cascades import Cascade
 from quee_core.costs import bitops_table
-from quee_core.deployment import OperatingPoint, load_router, router_digest, save_router
+from quee_core.deployment import OperatingPoint, load_router, plain_rule, router_digest, save_router
 from quee_core.errors import ConfigError, DamagedTableError, StoreError
-from quee_core.evaluation import PricedTree
 from quee_core.gate_costs import gate_bitops
 from quee_core.grid import assemble, fit_gate, grid_points
+from quee_core.paths import Path as BitPath
 from quee_core.policy import GatePolicy
 from quee_core.router import Router
+from quee_core.shipping import GateRule
 from tests.conftest import SmallSweep
 
 PRICE = 0.05
+CASCADE = Cascade((BitPath((2,)), BitPath((8, 8))), "margin", (0.1 + 0.2,))  # a float that has no short decimal
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,23 @@ def saved(small_sweep: SmallSweep, tmp_path_factory: pytest.TempPathFactory) -> 
     policy = assemble(point, plan.tree, fits)
     assert isinstance(policy, GatePolicy), policy
     table = bitops_table(plan.loaded.backbone, small_sweep.exits.head_macs(), plan.tree.bits)
-    costs = PricedTree.of(table, plan.tree).gated(
-        gate_bitops(policy, projection_macs=small_sweep.exits.projection_macs)
-    )
+    table = table.with_gates(gate_bitops(policy, projection_macs=small_sweep.exits.projection_macs))
     folder = tmp_path_factory.mktemp("run") / "router"
     save_router(
         folder, run="small", dataset="fashion_mnist", backbone=plan.loaded.backbone, preprocessing=plan.preprocessing,
         class_names=plan.dataset.description.classes, calibration=small_sweep.calibration, exits=small_sweep.exits,
-        policy=policy, costs=costs, cost_unit="bitops", full_cost=1e9,
+        policy=policy, table=table, full_cost=1e9,
         points=(
-            OperatingPoint(price=0.5, cost=0.3, accuracy=0.8, low=0.7, high=0.9, n=120),
-            OperatingPoint(price=PRICE, cost=0.7, accuracy=0.9, low=0.8, high=0.95, n=120),
+            OperatingPoint(rule=plain_rule(CASCADE), price=0.5, cost=0.3, accuracy=0.8, low=0.7, high=0.9, n=120,
+                           chosen_cost=0.3, chosen_accuracy=0.8),
+            OperatingPoint(
+                rule=plain_rule(GateRule(PRICE)), price=PRICE, cost=0.7, accuracy=0.7, low=0.6, high=0.8, n=120,
+                chosen_cost=0.7, chosen_accuracy=0.9,  # luck on the test images, good or bad, must choose nothing
+            ),
         ),
     )  # fmt: skip
     images = next(plan.batches(plan.splits["test"])).images[:40]
-    return Saved(folder, Router(small_sweep.network, policy, costs), images)
+    return Saved(folder, Router(small_sweep.network, policy, table), images)
 
 
 def copied(saved: Saved, to: Path) -> Path:
@@ -68,8 +73,9 @@ def copied(saved: Saved, to: Path) -> Path:
 
 def test_a_loaded_router_gives_the_bits_of_the_saved_one(saved: Saved) -> None:
     loaded = load_router(saved.folder)
-    for price in (0.0, PRICE, 1.0):
-        want, found = saved.router(saved.images, price), loaded.router(saved.images, price)
+    assert [point.as_rule() for point in loaded.manifest.points] == [CASCADE, GateRule(PRICE)]
+    for rule in (GateRule(0.0), GateRule(PRICE), CASCADE):
+        want, found = saved.router(saved.images, rule), loaded.router(saved.images, rule)
         np.testing.assert_array_equal(found.path, want.path)
         np.testing.assert_array_equal(found.probabilities, want.probabilities)
         np.testing.assert_array_equal(found.cost, want.cost)
@@ -81,8 +87,8 @@ def test_saving_again_gives_equal_bytes(saved: Saved, small_sweep: SmallSweep, t
     save_router(
         tmp_path, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
         preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
-        exits=small_sweep.exits, policy=loaded.router.policy, costs=loaded.router.costs, cost_unit=m.cost_unit,
-        full_cost=m.full_cost, points=m.points,
+        exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
+        points=m.points,
     )  # fmt: skip
     for file in saved.folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
@@ -90,10 +96,18 @@ def test_saving_again_gives_equal_bytes(saved: Saved, small_sweep: SmallSweep, t
 
 def test_a_budget_buys_the_dearest_point_within_it(saved: Saved) -> None:
     loaded = load_router(saved.folder)
-    assert loaded.price_for(1.0) == PRICE
-    assert loaded.price_for(0.5) == 0.5
+    assert loaded.point_within(1.0).as_rule() == GateRule(PRICE)
+    assert loaded.point_within(0.5).as_rule() == CASCADE
     with pytest.raises(ConfigError, match=r"budget 0\.1: the cheapest operating point costs 0\.300"):
-        loaded.price_for(0.1)
+        loaded.point_within(0.1)
+
+
+def test_a_price_buys_the_point_of_least_loss(saved: Saved) -> None:
+    loaded = load_router(saved.folder)
+    assert loaded.point_at(0.0).as_rule() == GateRule(PRICE)
+    assert loaded.point_at(0.2).as_rule() == GateRule(PRICE)  # 0.1 errors for 0.4 of the cost: worth it below 0.25
+    assert loaded.point_at(0.3).as_rule() == CASCADE
+    assert loaded.point_at(30.0).as_rule() == CASCADE
 
 
 @pytest.mark.parametrize("name", ["backbone", "calibration", "exits", "policy"])
@@ -151,11 +165,11 @@ class TestRouteCommand:
         assert result.exit_code == 0, result.output
         answers = json.loads(result.stdout)
         loaded = load_router(saved.folder)
-        routed = loaded.router(torch.stack([loaded.preprocess(Image.open(file)) for file in files]), 0.05)
+        routed = loaded.router(torch.stack([loaded.preprocess(Image.open(file)) for file in files]), GateRule(PRICE))
         for k, answer in enumerate(answers):
             assert answer["file"] == files[k]
             assert answer["label"] == loaded.manifest.class_names[routed.label[k]]
-            assert answer["path"] == str(loaded.router.policy.tree.paths[routed.path[k]])
+            assert answer["path"] == routed.journeys[int(routed.path[k])]
             assert answer["cost"] == routed.cost[k]
 
     @pytest.mark.parametrize(

@@ -279,3 +279,41 @@ def test_a_calibration_for_something_else_is_refused(network: Network, calibrati
         Calibration.from_bytes(b"something else")
     with pytest.raises(DamagedTableError):
         Calibration.from_bytes(calibration.to_bytes()[:-100])
+
+
+# The stem's own bit-width
+
+
+def test_the_stem_runs_at_its_own_bits_and_its_first_layer_at_the_edge_bits(network: Network) -> None:
+    backbone, images = network
+    mixed = calibrate(backbone, images, (3,), "mse", edge_bits=8, stem_bits=4)
+    assert set(mixed.layers[4]) == {"stem.patch_embed.conv2", "stem.patch_embed.proj"}
+    assert set(mixed.layers[8]) >= {"stem.patch_embed.conv1", "final.head"}
+    assert not any(name.startswith("stem") for name in mixed.layers[3])
+    convolutions = [m for m in quantize_backbone(backbone, mixed, (3,)).stem.modules() if isinstance(m, QuantConv2d)]
+    assert len(convolutions) == 3
+
+
+def test_the_same_bits_everywhere_are_the_default(network: Network, calibration: Calibration) -> None:
+    same = calibrate(*network, (3, 8), "mse", edge_bits=8, stem_bits=8)
+    assert same.fingerprint() == calibration.fingerprint()
+    other = calibrate(*network, (3, 8), "mse", edge_bits=8, stem_bits=3)
+    assert other.fingerprint() != calibration.fingerprint()
+    again = Calibration.from_bytes(other.to_bytes())
+    assert (again.stem, again.edge, again.fingerprint()) == (3, 8, other.fingerprint())
+
+
+def test_more_stem_bits_are_nearer_to_the_float_stem(network: Network) -> None:
+    backbone, images = network
+    want = backbone.stem(images)
+    off = []
+    for bits in (2, 4, 8):
+        found = quantize_backbone(backbone, calibrate(backbone, images, (3,), "mse", edge_bits=8, stem_bits=bits), (3,))
+        off.append(float((found.stem(images) - want).pow(2).mean()))
+    assert off[0] > off[1] > off[2]
+
+
+@pytest.mark.parametrize(("edge", "stem"), [(32, 8), (8, 32)])
+def test_a_stem_is_quantised_as_a_whole_or_not(network: Network, edge: int, stem: int) -> None:
+    with pytest.raises(QuantizationError, match="32 bits are for both or none"):
+        calibrate(*network, (3,), "mse", edge_bits=edge, stem_bits=stem)

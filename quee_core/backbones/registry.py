@@ -1,4 +1,4 @@
-"""Backbones by name: the two micro ViTs of quee's own, and every timm model that is a plain `VisionTransformer`."""
+"""Backbones by name: the micro ViTs of quee's own, and every timm model that is a plain `VisionTransformer`."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -75,6 +75,14 @@ _BACKBONES = {
             "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
         ),
         weights=ASSETS / "micro_vit_fashion_mnist.safetensors",
+    ),
+    "micro_vit_glyphs": BackboneEntry(
+        description="1.2 M parameters, 28x28 grey images, 35 letters and digits; its weights are part of quee",
+        model_args={"img_size": 28, "in_chans": 1, "num_classes": 35},
+        mean=(0.5,),
+        std=(0.25,),
+        class_names=tuple("0123456789ABCDEFGHIJKLMNPQRSTUVWXYZ"),
+        weights=ASSETS / "micro_vit_glyphs.safetensors",
     ),
     "micro_vit_cifar10": BackboneEntry(
         description="1.2 M parameters, 32x32 colour images, 10 kinds of animals and vehicles; needs a checkpoint",

@@ -1,7 +1,8 @@
 """What QuEE is compared with, on the same tables, images and costs (design, section 10).
 
-Each baseline is a function of `BaselineData` and a price grid; it chooses its settings on `select` and gives its
-decisions on `select` and on `test`. To add one, write it in a file of its own and enter it in `BASELINES`.
+Each baseline is a function of `BaselineData` and a price grid; it chooses its settings on `select`, which holds the
+images of `target` too, and gives its decisions on `select` and on `test`. To add one, write it in a file of its own and
+enter it in `BASELINES`.
 """
 
 from collections.abc import Callable, Mapping

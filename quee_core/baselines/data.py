@@ -18,6 +18,7 @@ class BaselineData:
     """Outcomes and costs that all methods share.
 
     final, every: relative costs float64 [paths], without and with the heads of the exits on the way.
+    select: what may be tuned on: the images of `select`, and those of `target` too, for no baseline is fitted to them.
     Raises ShapeMismatchError unless costs and outcomes are aligned with the tree, NumericError for costs that are not
     finite, InvalidPathError for a tree of more than 32,767 paths.
     """
@@ -58,8 +59,9 @@ class BaselineData:
 
 @dataclass(frozen=True, eq=False)
 class PolicyPair:
-    """A method's decisions on `select` and on `test`, setting by setting; costs: relative, float64 [paths].
+    """A method's decisions on `select` and on `test`, setting by setting.
 
+    costs: relative, float64 [paths], or [settings, paths] as `operating_points` takes them.
     Raises ShapeMismatchError unless both have the same settings.
     """
 

@@ -100,6 +100,14 @@ def _fashion_mnist(root: Path | None) -> ImageDataset:
     return bundled_fashion_mnist()
 
 
+def _glyphs(root: Path | None) -> ImageDataset:
+    from quee_core.data.glyph_set import GlyphSet
+
+    if root is not None:
+        raise DataError("data set glyphs: it is drawn and takes no folder; for files of your own use 'parquet'")
+    return GlyphSet()
+
+
 def _parquet(root: Path | None) -> ImageDataset:
     from quee_core.data.parquet_set import ParquetSet
 
@@ -135,6 +143,11 @@ _DATASETS = {
         "10 kinds of clothing, 28x28 grey: 10,000 training images that the micro ViT never saw, and the test images",
         False,
         _fashion_mnist,
+    ),
+    "glyphs": DatasetEntry(
+        "35 letters and digits, 28x28 grey, bent, blurred and crossed out: 20,000 images, drawn when asked for",
+        False,
+        _glyphs,
     ),
     "folder": DatasetEntry(
         "a folder of images for each class, or such folders under train, val and test", True, _folder

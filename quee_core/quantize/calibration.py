@@ -38,19 +38,22 @@ LayerQuantizers = LinearQuantizers | AttentionQuantizers
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Quantisers by bit-width and layer. `edge` is the bit-width of stem and final head, `images` how many were seen.
+    """Quantisers by bit-width and layer. `images`: how many were seen.
 
+    `edge` is the bit-width of the stem's first layer and of the final head, `stem` that of the stem's other layers.
     Layers of blocks are named by block ("blocks.3.mlp.fc1"), so that a calibration does not depend on the exits.
     """
 
     method: str
     edge: int
+    stem: int
     images: int
     layers: Mapping[int, Mapping[str, LayerQuantizers]]
 
     def fingerprint(self) -> str:
         """sha256 over the whole calibration."""
-        return fingerprint([self.method, self.edge, self.images, {str(b): self.fingerprint_of(b) for b in self.layers}])
+        widths = {str(b): self.fingerprint_of(b) for b in self.layers}
+        return fingerprint([self.method, self.edge, self.stem, self.images, widths])
 
     def fingerprint_of(self, bits: int) -> str:
         """sha256 over the quantisers of one bit-width; other bit-widths do not matter. 32 bits has none."""
@@ -66,7 +69,9 @@ class Calibration:
         for bits, found in self.layers.items():
             own, layers[str(bits)] = _to_plain(found)
             arrays |= {f"{bits}/{name}": array for name, array in own.items()}
-        settings = {"method": self.method, "edge": self.edge, "images": self.images, "layers": layers}
+        settings = {
+            "method": self.method, "edge": self.edge, "stem": self.stem, "images": self.images, "layers": layers,
+        }  # fmt: skip
         return pack(arrays, settings, kind=KIND)
 
     @classmethod
@@ -78,7 +83,7 @@ class Calibration:
                 int(bits): {name: _from_plain(arrays, f"{bits}/{name}", made) for name, made in found.items()}
                 for bits, found in settings["layers"].items()
             }
-            return cls(settings["method"], settings["edge"], settings["images"], layers)
+            return cls(settings["method"], settings["edge"], settings["stem"], settings["images"], layers)
         except (KeyError, TypeError, ValueError, QuantizationError) as error:
             raise DamagedTableError(f"not a calibration that quee wrote: {error!r}") from error
 
@@ -130,9 +135,11 @@ def calibrate(
     method: str,
     *,
     edge_bits: int,
+    stem_bits: int | None = None,
 ) -> Calibration:
     """Find the quantisers of every layer of the blocks at each of `bits`, and of stem and head at `edge_bits`.
 
+    stem_bits: bit-width of the stem's layers behind its first, the one that sees the image; by default `edge_bits`.
     images: float [n, c, h, w], or batches of them; preprocessed, unlabelled, out of `fit`, a few hundred. The float
     backbone runs over them once, and what its layers are given is sampled on the way; each layer is then judged by
     itself. 32 among `bits`, or as `edge_bits`, needs no quantisers.
@@ -140,28 +147,38 @@ def calibrate(
     bit-width, no images, a backbone in training mode, or a kind of layer that cannot be quantised.
     """
     chosen = quant_method(method)
-    if unknown := [b for b in (*bits, edge_bits) if b not in BIT_WIDTHS]:
+    stem_bits = stem_bits or edge_bits
+    if unknown := [b for b in (*bits, edge_bits, stem_bits) if b not in BIT_WIDTHS]:
         raise QuantizationError(f"calibration: bit-widths {unknown} are not among {list(BIT_WIDTHS)}")
+    if (edge_bits == FULL_PRECISION) != (stem_bits == FULL_PRECISION):
+        raise QuantizationError(
+            f"calibration: stem at {stem_bits} bits, its first layer at {edge_bits}: 32 bits are for both or none; set "
+            "quantization.stem_bits and quantization.edge_bits together"
+        )
     batches = [images] if isinstance(images, Tensor) else [*images]
     if not sum(map(len, batches)):
         raise QuantizationError("calibration: no images")
     given = torch.cat(batches)
     if backbone.training:
         raise QuantizationError("calibration: the backbone must be in evaluation mode; call its eval() first")
-    inner, edge = sorted({*bits} - {FULL_PRECISION}), sorted({edge_bits} - {FULL_PRECISION})
-    layers: dict[int, dict[str, LayerQuantizers]] = {width: {} for width in sorted({*inner, *edge})}
+    inner = sorted({*bits} - {FULL_PRECISION})
+    widths = sorted({*inner, edge_bits, stem_bits} - {FULL_PRECISION})
+    layers: dict[int, dict[str, LayerQuantizers]] = {width: {} for width in widths}
+    stem = _folded(backbone.stem)
+    behind_first = [*_quantizable(stem, "stem")][1:]
     with torch.inference_mode():
-        for name, layer, samples in capture(backbone, _folded(backbone.stem), given, _quantizable):
-            for width in inner if name.startswith("blocks.") else edge:
+        for name, layer, samples in capture(backbone, stem, given, _quantizable):
+            edge = stem_bits if name in behind_first else edge_bits
+            for width in inner if name.startswith("blocks.") else {edge} - {FULL_PRECISION}:
                 if isinstance(samples, LinearSamples):
                     layers[width][name] = _linear_quantizers(layer, samples, width, chosen)
                 else:
                     layers[width][name] = chosen.attention(samples, width)
-    return Calibration(method, edge_bits, len(given), layers)
+    return Calibration(method, edge_bits, stem_bits, len(given), layers)
 
 
 def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bits: Sequence[int]) -> QuantizedBackbone:
-    """The backbone with its segments at each of `bits` besides 32, stem and head at the calibration's edge bit-width.
+    """The backbone with its segments at each of `bits` besides 32, stem and head at the calibration's bit-widths.
 
     `backbone` stays as it is. Raises QuantizationError if the calibration lacks a bit-width or a layer, or was made
     for layers of other shapes.
@@ -170,9 +187,9 @@ def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bit
     final = backbone.final
     image_size = backbone.num_tokens * backbone.embed_dim
     if calibration.edge != FULL_PRECISION:
-        found = calibration._at(calibration.edge)
-        stem = InParts(_quantized(_folded(backbone.stem), "stem", found), image_size)
-        final = None if backbone.final is None else _quantized(backbone.final, "final", found)
+        at_edge = {**calibration._at(calibration.stem), **calibration._at(calibration.edge)}
+        stem = InParts(_quantized(_folded(backbone.stem), "stem", at_edge), image_size)
+        final = None if backbone.final is None else _quantized(backbone.final, "final", at_edge)
     starts = (0, *backbone.exits[:-1])
     segments = {}
     for width in sorted({*bits} - {FULL_PRECISION}):

@@ -163,7 +163,8 @@ def _saving_tile(record: SweepRecord) -> Tile:
         detail = f"QuEE never {within} {model}; {NO_INTERVAL}." if own else "Not recorded."
         return Tile(question, DASH, detail, "worse" if own else "unknown")
     drop = HEADLINE_DROP if HEADLINE_DROP in costs else min(costs)
-    rivals = [row for row in record.drops if row.method != "quee" and row.drop == drop and row.cost is not None]
+    baselines = {front.method for front in record.fronts if front.kind == "baseline"}
+    rivals = [row for row in record.drops if row.method in baselines and row.drop == drop and row.cost is not None]
     best = min(rivals, key=lambda row: row.cost or 0.0, default=None)
     rival = (
         "no baseline gets there"

@@ -1,0 +1,350 @@
+"""The front that ships: at every price the rule that has shown itself best, simple ones first (design, sections 9, 11).
+
+Ladders of exits, cascades of second looks and the gates' predictions compete at every price λ on images that their
+thresholds or predictors were not fitted to. The simplest wins unless another is better by more than its standard error:
+the best of many noisy candidates looks better than it is, and a front that changes its mind at every price pays for it.
+An answer counts half by its label, half by what a teacher thinks of it (teacher.py), which has less noise.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quee_core.cascades import Cascade, decisions_of, look_costs, trimmed
+from quee_core.costs import CostTable, relative
+from quee_core.errors import ShapeMismatchError
+from quee_core.fronts import Decisions, choose_points
+from quee_core.gates import check_prices
+from quee_core.paths import Path, PathTree
+from quee_core.tables import Outcomes
+from quee_core.teacher import error_probabilities
+from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken, tune_thresholds
+
+FOLDS = 4
+MAX_LOOKS = 3
+MAX_SEARCHED = 24  # uniform paths that cascades are made of; of more, some exits are left out
+SEARCHED_WITH = "margin"
+BEAM = 6  # cascades that are kept for each price
+TEACHER_SHARE = 0.5  # of an error; the label has the rest
+MAX_PRICES = 60  # of the grid, evenly spread; the hull between them is time-shared
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """The gates' own rule, argmin of predicted error + λ cost at every gate, at the price λ."""
+
+    price: float
+
+    def __str__(self) -> str:
+        """What reproduces it."""
+        return f"gates, λ = {self.price!r}"
+
+
+Rule = Cascade | GateRule
+
+
+@dataclass(frozen=True, eq=False)
+class GateFront:
+    """What the gates' rule does on `select` at every price. costs: relative, float64 [paths], gates included."""
+
+    decisions: Decisions
+    costs: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One operating point of the front: a rule, and the price λ that it was chosen for.
+
+    cost, accuracy: relative cost and accuracy that it showed where it was chosen; none of them is of a test image.
+    """
+
+    rule: Rule
+    price: float
+    cost: float
+    accuracy: float
+
+
+def choose_rules(
+    table: CostTable,
+    tree: PathTree,
+    target: Outcomes,
+    select: Outcomes,
+    gates: GateFront | None,
+    prices: NDArray[np.float64],
+    seed: int,
+    *,
+    max_looks: int = MAX_LOOKS,
+    teacher_share: float = TEACHER_SHARE,
+) -> tuple[Shipped, ...]:
+    """The rules that ship, by ascending cost; the cheapest static path is the first unless another dominates it.
+
+    table: costs in any unit, gates free. gates: None to leave them out. prices: λ ≥ 0. max_looks: 1 leaves ladders
+    alone. teacher_share: how much of an error is the teacher's opinion. Thresholds are tuned on `target` and `select`
+    together; what a rule is judged by, it gave in cross-validation, or for the gates, whose predictors were fitted on
+    `target`, on `select`. The full path is the last, unless another rule is clearly more accurate: that fewer bits are
+    as good is more than so few images can show. Which looks make a cascade was searched for on all of these images,
+    and the gates' training was stopped, and their grid ranked, on `select`: a favour to both that the standard error
+    has to outweigh.
+    Raises ConfigError for bad prices, ShapeMismatchError where the gates' prices are not `prices`.
+    """
+    grid = check_prices(prices)
+    if gates is not None and gates.decisions.prices != tuple(grid.tolist()):
+        raise ShapeMismatchError(f"gates: {len(gates.decisions.prices)} prices that are not the {len(grid)} given")
+    picked = np.unique(np.linspace(0, len(grid) - 1, min(MAX_PRICES, len(grid))).round().astype(int))
+    contest = _Contest.of(table, tree, Outcomes.joined_answers([target, select]), grid[picked], seed, teacher_share)
+    simple = [_Contestant((path,), SEARCHED_WITH) for path in contest.uniform]
+    simple += [_Contestant(ladder, measure) for ladder in contest.ladders for measure in CONFIDENCES]
+    trials = [contest.trial(each, range(len(picked))) for each in simple]
+    others = [contest.trial(each, at) for each, at in contest.search(max_looks).items()]
+    points = [contest.winner(k, trials, others) for k in range(len(picked))]
+    if gates is not None:
+        wrong, image = contest.wrong[-select.images :], np.arange(select.images)
+        points = [
+            _against_gates(point, wrong[image, taken], gates.costs[taken], float(gates.costs.min()))
+            for taken, point in zip(gates.decisions.choice[picked], points, strict=True)
+        ]
+    points.append(contest.static(trials, contest.uniform[0], len(picked) - 1))
+    full = contest.static(trials, Path((max(tree.bits),) * tree.depth), 0)
+    most_accurate = points[0]
+    points = list({str(point.rule): point for point in points}.values())
+    if not _clearly_better(most_accurate.wrong, full.wrong):
+        points = [*(point for point in points if point.cost < full.cost), full]
+    kept = choose_points(np.array([p.cost for p in points]), np.array([p.accuracy for p in points]))
+    if points[-1] is full and len(points) - 1 not in kept:
+        kept = np.append(kept, len(points) - 1)
+    return tuple(Shipped(p.rule, p.price, p.cost, p.accuracy) for p in (points[k] for k in kept))
+
+
+def rule_decisions(
+    shipped: Sequence[Shipped],
+    table: CostTable,
+    tree: PathTree,
+    outcomes: Outcomes,
+    gates: GateFront | None = None,
+    *,
+    method: str = "quee",
+) -> tuple[Decisions, NDArray[np.float64]]:
+    """What the shipped rules do with each image, and what answering by each path costs, float64 [rules, paths].
+
+    gates: the gates' rule on the same `outcomes`, at least at the prices of the shipped gate rules. Raises
+    ShapeMismatchError for a gate rule without them.
+    """
+    choice = np.empty((len(shipped), outcomes.images), np.int16)
+    costs = np.full((len(shipped), len(tree.paths)), np.nan)
+    for k, point in enumerate(shipped):
+        if isinstance(point.rule, Cascade):
+            own = relative(look_costs(table, point.rule.looks), table, tree)
+            choice[k : k + 1], costs[k : k + 1] = decisions_of([(point.rule, own)], outcomes, tree.index)
+        elif gates is None:
+            raise ShapeMismatchError(f"{point.rule}: no decisions of the gates")
+        else:
+            choice[k] = gates.decisions.choice[gates.decisions.prices.index(point.rule.price)]
+            costs[k] = gates.costs
+    settings, prices = tuple(str(p.rule) for p in shipped), tuple(p.price for p in shipped)
+    return Decisions(method, "quee", settings, prices, choice), costs
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    looks: tuple[Path, ...]
+    measure: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A contestant at the prices of positions `at`: tuned on all images, judged by what it did in cross-validation.
+
+    rules: as tuned on all images. taken: the look that answered each image in cross-validation, int8 [at, n].
+    loss: mean error + λ cost of that, by position of the price.
+    """
+
+    contestant: _Contestant
+    rules: dict[int, Cascade]
+    taken: dict[int, NDArray[np.int8]]
+    loss: dict[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A rule, and what it showed on images that it was not tuned on.
+
+    costs, wrong: float64 [n], image by image, or for the gates [select]: the last images. cost, accuracy: over all n.
+    """
+
+    rule: Rule
+    price: float
+    costs: NDArray[np.float64]
+    wrong: NDArray[np.float64]
+    cost: float
+    accuracy: float
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        """Error + λ cost of each image, float64 [n]."""
+        return self.wrong + self.price * self.costs
+
+
+@dataclass(frozen=True, eq=False)
+class _Contest:
+    """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
+
+    wrong: error of every path's answer, float64 [n, P], in [0, 1].
+    """
+
+    table: CostTable
+    tree: PathTree
+    outcomes: Outcomes
+    wrong: NDArray[np.float64]
+    prices: NDArray[np.float64]
+    fold: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        table: CostTable,
+        tree: PathTree,
+        outcomes: Outcomes,
+        prices: NDArray[np.float64],
+        seed: int,
+        teacher_share: float,
+    ) -> "_Contest":
+        fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
+        wrong = outcomes.errors.astype(np.float64)
+        if teacher_share:
+            uniform = [path for path in tree.paths if path.is_uniform]
+            wrong += teacher_share * (error_probabilities(outcomes, uniform, fold) - wrong)
+        return cls(table, tree, outcomes, wrong, prices, fold)
+
+    @cached_property
+    def uniform(self) -> list[Path]:
+        """Uniform paths by ascending cost."""
+        paths = [path for path in self.tree.paths if path.is_uniform]
+        return sorted(paths, key=lambda path: float(self.costs_of((path,))[0]))
+
+    @property
+    def searched(self) -> list[Path]:
+        """Uniform paths that cascades are made of, by ascending cost: of all exits, or of evenly spaced ones."""
+        count = max(2, MAX_SEARCHED // len(self.tree.bits))
+        exits = np.unique(np.linspace(1, self.tree.depth, min(count, self.tree.depth)).round().astype(int))
+        return [path for path in self.uniform if path.exit in exits]
+
+    @property
+    def ladders(self) -> list[tuple[Path, ...]]:
+        """All exits of each bit-width."""
+        return [tuple(Path((b,) * k) for k in range(1, self.tree.depth + 1)) for b in self.tree.bits]
+
+    def costs_of(self, looks: tuple[Path, ...]) -> NDArray[np.float64]:
+        return relative(look_costs(self.table, looks), self.table, self.tree)
+
+    def search(self, max_looks: int) -> dict[_Contestant, list[int]]:
+        """The cascades that do best where they are tuned, and at which prices each is among the best.
+
+        Of one look more, only those are tried that extend a kept one; looks stand by ascending cost.
+        """
+        order = {path: k for k, path in enumerate(self.searched)}
+        found: dict[_Contestant, NDArray[np.float64]] = {}
+        kept: Iterable[tuple[Path, ...]] = [(path,) for path in order]
+        for _ in range(1, max_looks):
+            grown = {tuple(sorted({*looks, path}, key=order.__getitem__)) for looks in kept for path in order}
+            fresh = sorted(
+                (_Contestant(looks, SEARCHED_WITH) for looks in grown if len(looks) > 1), key=lambda c: c.looks
+            )
+            found |= {each: self._tuned_loss(each) for each in fresh if each not in found}
+            best = self._best(found)
+            kept = [each.looks for each in best]
+        return self._best(found) if found else {}
+
+    def trial(self, contestant: _Contestant, at: Sequence[int]) -> _Trial:
+        """Tune and judge `contestant` at the prices of positions `at`."""
+        prices = self.prices[list(at)]
+        errors, confidence, costs = self._seen(contestant)
+        taken = np.zeros((len(prices), len(errors)), np.int8)
+        thresholds = np.empty((len(prices), 0))
+        if len(contestant.looks) > 1:
+            for fold in range(FOLDS):
+                held = self.fold == fold
+                tuned = tune_thresholds(confidence[~held], errors[~held], costs, prices)
+                taken[:, held] = exits_taken(confidence[held], tuned)
+            thresholds = tune_thresholds(confidence, errors, costs, prices)
+        wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
+        loss = wrong + prices * costs[taken].mean(axis=1)
+        return _Trial(
+            contestant,
+            {k: trimmed(contestant.looks, contestant.measure, v.tolist()) for k, v in zip(at, thresholds, strict=True)},
+            dict(zip(at, taken, strict=True)),
+            dict(zip(at, loss.tolist(), strict=True)),
+        )
+
+    def winner(self, k: int, simple: Sequence[_Trial], others: Sequence[_Trial]) -> _Point:
+        """The best simple rule at price k, or the best of the others where it is better beyond its standard error."""
+        best = self._point(min(simple, key=lambda trial: trial.loss[k]), k)
+        if challengers := [trial for trial in others if k in trial.loss]:
+            challenger = self._point(min(challengers, key=lambda trial: trial.loss[k]), k)
+            if _clearly_better(challenger.loss, best.loss):
+                return challenger
+        return best
+
+    def static(self, simple: Sequence[_Trial], path: Path, k: int) -> _Point:
+        """A uniform path for all images, at price k."""
+        return self._point(next(trial for trial in simple if trial.contestant.looks == (path,)), k)
+
+    def _point(self, trial: _Trial, k: int) -> _Point:
+        errors, _, costs = self._seen(trial.contestant)
+        taken = trial.taken[k].astype(np.intp)
+        own, wrong = costs[taken], errors[np.arange(len(errors)), taken]
+        return _Point(trial.rules[k], float(self.prices[k]), own, wrong, float(own.mean()), 1 - float(wrong.mean()))
+
+    def _best(self, found: dict[_Contestant, NDArray[np.float64]]) -> dict[_Contestant, list[int]]:
+        each = list(found)
+        ranked = np.argsort(np.stack([found[c] for c in each]), axis=0, kind="stable")[:BEAM]
+        at: dict[_Contestant, list[int]] = {}
+        for k in range(len(self.prices)):
+            for row in ranked[:, k]:
+                at.setdefault(each[row], []).append(k)
+        return at
+
+    def _tuned_loss(self, contestant: _Contestant) -> NDArray[np.float64]:
+        """Mean error + λ cost at every price, where it was tuned; float64 [prices]."""
+        errors, confidence, costs = self._seen(contestant)
+        taken = exits_taken(confidence, tune_thresholds(confidence, errors, costs, self.prices))
+        wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
+        loss: NDArray[np.float64] = wrong + self.prices * costs[taken].mean(axis=1)
+        return loss
+
+    def _seen(self, contestant: _Contestant) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
+        positions = [self.tree.index[path] for path in contestant.looks]
+        confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
+        return self.wrong[:, positions], confidence, self.costs_of(contestant.looks)
+
+
+def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.float64], cheapest: float) -> _Point:
+    """`point`, or the gates' rule where it is clearly better on `select`, whose images are the last ones.
+
+    wrong, costs: float64 [select], of the gates there. What `point` shows on all images, set right by the difference
+    that the gates make on `select`, is what they would show on all. cheapest: least that an image can cost them.
+    """
+    if not _clearly_better(wrong + point.price * costs, point.loss):
+        return point
+    behind = slice(-len(wrong), None)
+    return _Point(
+        rule=GateRule(point.price),
+        price=point.price,
+        costs=costs,
+        wrong=wrong,
+        cost=max(cheapest, point.cost + float((costs - point.costs[behind]).mean())),
+        accuracy=float(np.clip(point.accuracy - (wrong - point.wrong[behind]).mean(), 0, 1)),
+    )
+
+
+def _clearly_better(loss: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
+    """Whether the mean of `loss` is lower by more than the standard error of the difference, image by image.
+
+    Of arrays of different lengths, the last images of the longer one are those of the shorter one.
+    """
+    common = min(len(loss), len(than))
+    gain = than[-common:] - loss[-common:]
+    return bool(gain.mean() > gain.std() / np.sqrt(common) and gain.mean() > 0)

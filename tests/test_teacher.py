@@ -1,0 +1,82 @@
+"""The teacher's opinion of an answer is a probability that labels bear out, and needs few of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from quee_core.errors import ShapeMismatchError
+from quee_core.paths import Path, PathTree
+from quee_core.predictors.quality import expected_calibration_error
+from quee_core.tables import Outcomes, feature_table
+from quee_core.teacher import error_probabilities
+from tests.test_baselines import TREE, answers
+
+UNIFORM = [path for path in TREE.paths if path.is_uniform]
+
+
+def folds(images: int, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).permutation(images) % count
+
+
+def test_it_is_a_calibrated_probability() -> None:
+    outcomes = answers(TREE, 4000, 3)
+    wrong = error_probabilities(outcomes, UNIFORM, folds(4000))
+    assert wrong.shape == outcomes.errors.shape
+    assert 0 <= wrong.min() <= wrong.max() <= 1
+    assert expected_calibration_error(wrong, outcomes.errors) < 0.02
+    np.testing.assert_allclose(wrong.mean(axis=0), outcomes.errors.mean(axis=0), atol=0.02)
+
+
+def test_it_knows_an_answers_worth_better_than_the_answer_itself_does() -> None:
+    outcomes = answers(TREE, 4000, 4)
+    wrong = error_probabilities(outcomes, UNIFORM, folds(4000))
+    cheap = TREE.index[Path((2,))]
+    own = 1 - outcomes.uncertainty[:, cheap, 0]
+    brier = [np.mean((p - outcomes.errors[:, cheap]) ** 2) for p in (wrong[:, cheap], own)]
+    assert brier[0] < brier[1]
+
+
+def test_no_label_of_a_judged_image_is_used() -> None:
+    outcomes = answers(TREE, 400, 5)
+    fold = folds(400)
+    held = fold == 2
+    labels = outcomes.labels.copy()
+    labels[held] = (labels[held] + 1) % 5
+    before, after = (error_probabilities(o, UNIFORM, fold) for o in (outcomes, replace(outcomes, labels=labels)))
+    np.testing.assert_array_equal(before[held], after[held])
+    assert not np.array_equal(before[~held], after[~held])
+
+
+def many_classes(classes: int, images: int) -> Outcomes:
+    tree = PathTree.of((2, 8), 2, "uniform")
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, images).astype(np.int16)
+    tables = []
+    for path in tree.paths:
+        logits = rng.normal(size=(images, classes)).astype(np.float32)
+        logits[np.arange(images), labels] += 2 + path.exit
+        tables.append((path, feature_table(np.arange(images), labels, logits, np.zeros((images, 1), np.float32))))
+    return Outcomes.from_tables(tables)
+
+
+def test_classes_that_no_table_names_share_what_is_left() -> None:
+    outcomes = many_classes(200, 1500)
+    wrong = error_probabilities(outcomes, list(outcomes.paths), folds(1500))
+    assert np.isfinite(wrong).all()
+    assert 0 <= wrong.min() <= wrong.max() <= 1
+    assert expected_calibration_error(wrong, outcomes.errors) < 0.05
+
+
+def test_one_fold_is_judged_by_weights_of_its_own() -> None:
+    outcomes = answers(TREE, 300, 6)
+    wrong = error_probabilities(outcomes, UNIFORM, np.zeros(300, np.int64))
+    assert expected_calibration_error(wrong, outcomes.errors) < 0.1
+
+
+def test_disagreeing_inputs_are_refused() -> None:
+    outcomes = answers(TREE, 30, 7)
+    with pytest.raises(ShapeMismatchError, match="folds"):
+        error_probabilities(outcomes, UNIFORM, folds(29))
+    with pytest.raises(ShapeMismatchError, match="no table"):
+        error_probabilities(outcomes, [Path((3,))], folds(30))
