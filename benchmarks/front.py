@@ -80,7 +80,7 @@ def parts_of(names: Sequence[str], runs: Path) -> list[Part]:
         record, folder = find_record(run, runs)
         target, select, test = run_outcomes(folder)
         router = load_router(router_folder(folder)).router
-        table = router.table.with_gates((0.0,) * router.table.depth)
+        table = router.table.without_gates()
         priced = PricedTree.of(table, router.policy.tree)
         lows.append(float(priced.final.min()))
         prices = SweepConfig.model_validate(record.config).prices.grid()

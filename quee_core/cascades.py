@@ -49,7 +49,7 @@ class Cascade:
 
     def decide(self, outcomes: Outcomes) -> NDArray[np.int16]:
         """Which look answers each image, from 0; int16 [n]. Raises ShapeMismatchError for a look without a table."""
-        positions = [outcomes.paths.index(look) for look in self.looks]
+        positions = [outcomes.position(look) for look in self.looks]
         confidence = confidence_of(outcomes, positions[:-1], self.measure)
         taken: NDArray[np.int16] = exits_taken(confidence, np.array([self.thresholds]))[0]
         return taken
@@ -86,10 +86,7 @@ def look_costs(table: CostTable, looks: Sequence[Path]) -> NDArray[np.float64]:
     """
     cost, done, costs = table.stem, set[Path](), []
     for look in looks:
-        if not 1 <= look.exit <= table.depth or not set(look.bits) <= set(table.bits):
-            raise InvalidPathError(
-                f"look {look}: no cost for it in a table of {table.depth} exits and bits {table.bits}"
-            )
+        table.check_holds(look, "look")
         fresh = [path for path in look.prefixes() if path != ROOT and path not in done]
         cost += sum(table.segments[path.bits[-1]][path.exit - 1] for path in fresh) + table.heads[look.exit - 1]
         done.update(fresh)
@@ -98,17 +95,14 @@ def look_costs(table: CostTable, looks: Sequence[Path]) -> NDArray[np.float64]:
 
 
 def decisions_of(
-    cascades: Sequence[tuple[Cascade, NDArray[np.float64]]], outcomes: Outcomes, index: Mapping[Path, int]
+    cascade: Cascade, own: NDArray[np.float64], outcomes: Outcomes, index: Mapping[Path, int]
 ) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
-    """Paths taken int16 [cascades, n], and the cost of answering by each path, float64 [cascades, paths].
+    """The path that answers each image, int16 [n], and the cost of answering by each path, float64 [paths].
 
-    cascades: each with the costs of its looks, as `look_costs` gives. index: position of every path. A path that a
+    own: costs of the cascade's looks, as `look_costs` gives. index: position of every path. A path that the
     cascade does not look along costs NaN: no image is answered by it.
     """
-    choice = np.empty((len(cascades), outcomes.images), np.int16)
-    costs = np.full((len(cascades), len(index)), np.nan)
-    for k, (cascade, own) in enumerate(cascades):
-        positions = np.array([index[look] for look in cascade.looks], np.int16)
-        choice[k] = positions[cascade.decide(outcomes)]
-        costs[k, positions] = own
-    return choice, costs
+    positions = np.array([index[look] for look in cascade.looks], np.int16)
+    costs = np.full(len(index), np.nan)
+    costs[positions] = own
+    return positions[cascade.decide(outcomes)], costs

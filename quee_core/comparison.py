@@ -17,9 +17,8 @@ from quee_core.costs import full_cost
 from quee_core.data.splits import SplitName
 from quee_core.deployment import load_router
 from quee_core.errors import ConfigError, StoreError
-from quee_core.evaluation import BUDGET_SHARES, QUEE, MeasuredFront, PricedTree, all_fronts
+from quee_core.evaluation import QUEE, MeasuredFront, PricedTree, all_fronts, default_budgets
 from quee_core.fronts import at_budgets, cost_at_drop, hypervolume_per_image, paired_bootstrap
-from quee_core.paths import Path
 from quee_core.plan import WALKED
 from quee_core.record import SweepRecord
 from quee_core.runs import router_folder
@@ -108,20 +107,19 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     deployed = load_router(router_folder(folder))
     policy, table = deployed.router.policy, deployed.router.table
     config = SweepConfig.model_validate(record.config)
-    priced = PricedTree.of(table.with_gates((0.0,) * table.depth), policy.tree)
+    priced = PricedTree.of(table.without_gates(), policy.tree)
     shipped = [
         Shipped(point.as_rule(), point.price, point.chosen_cost, point.chosen_accuracy)
         for point in deployed.manifest.points
     ]
     fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation.seed)
     test, tree = outcomes[2], policy.tree
-    full = tree.index[Path((max(tree.bits),) * tree.depth)]
     whole = full_cost(table, tree)
     return RunFronts(
         record.name, record.dataset, record.backbone, config.dataset.seed, test.sample_ids, fronts,
         {name: front.decisions.kind for name, front in fronts.items()}, float(priced.final.min()), table.unit,
         tree.bits, whole,
-        ~test.errors[:, full], sum(table.gates) / whole,
+        ~test.errors[:, tree.index[tree.full_path]], sum(table.gates) / whole,
     )  # fmt: skip
 
 
@@ -163,7 +161,7 @@ def _compared(runs: Sequence[RunFronts], against: Sequence[RunFronts], resamples
         name: np.mean([hypervolume_per_image(r.fronts[name].cost, r.fronts[name].correct, low) for r in runs], axis=0)
         for name in methods
     }
-    levels = np.round(low + (1 - low) * np.array(BUDGET_SHARES), 3)
+    levels = np.array(default_budgets(low))
     values = {
         name: np.mean([at_budgets(r.fronts[name].cost, r.fronts[name].correct, levels) for r in runs], axis=0)
         for name in methods

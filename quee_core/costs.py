@@ -128,6 +128,17 @@ class CostTable:
         """Bit-widths at which segments have a cost, ascending."""
         return tuple(sorted(self.segments))
 
+    def check_holds(self, path: Path, called: str = "path") -> None:
+        """Raises InvalidPathError, which calls it `called`, for a path that the table has no costs for."""
+        if not 1 <= path.exit <= self.depth or not set(path.bits) <= set(self.bits):
+            raise InvalidPathError(
+                f"{called} {path}: no cost for it in a table of {self.depth} exits and bits {self.bits}"
+            )
+
+    def without_gates(self) -> "CostTable":
+        """A copy in which gates are free."""
+        return self.with_gates((0.0,) * self.depth)
+
     def with_gates(self, gates: Sequence[float]) -> "CostTable":
         """A copy in which the gate at exit k, from the root on, costs `gates[k]`, in the table's unit."""
         return replace(self, gates=tuple(float(cost) for cost in gates))
@@ -312,10 +323,7 @@ def path_costs(table: CostTable, paths: Sequence[Path], *, evaluated: Literal["f
     costs = np.empty(len(paths))
     by_exit: dict[int, list[int]] = {}
     for row, path in enumerate(paths):
-        if not 1 <= path.exit <= table.depth or not set(path.bits) <= set(table.bits):
-            raise InvalidPathError(
-                f"path {path}: no cost for it in a table of {table.depth} exits and bits {table.bits}"
-            )
+        table.check_holds(path)
         by_exit.setdefault(path.exit, []).append(row)
     for exit_, rows in by_exit.items():
         width = np.searchsorted(widths, [paths[row].bits for row in rows])
@@ -325,7 +333,7 @@ def path_costs(table: CostTable, paths: Sequence[Path], *, evaluated: Literal["f
 
 def full_cost(table: CostTable, tree: PathTree) -> float:
     """Cost of relative cost 1: the static path to full depth at the tree's highest bit-width, in the table's unit."""
-    return float(path_costs(table, [Path((max(tree.bits),) * tree.depth)], evaluated="final")[0])
+    return float(path_costs(table, [tree.full_path], evaluated="final")[0])
 
 
 def relative(costs: NDArray[np.float64], table: CostTable, tree: PathTree) -> NDArray[np.float64]:

@@ -147,7 +147,12 @@ def all_fronts(
 
 def budgets_of(settings: EvaluationConfig, low: float) -> tuple[float, ...]:
     """Relative costs to compare at: those of the configuration, or seven from near `low`, the cheapest path's, on."""
-    return settings.budgets or tuple(round(low + (1 - low) * share, 3) for share in BUDGET_SHARES)
+    return settings.budgets or default_budgets(low)
+
+
+def default_budgets(low: float) -> tuple[float, ...]:
+    """Seven relative costs between `low` and 1, denser where it is cheap."""
+    return tuple(round(low + (1 - low) * share, 3) for share in BUDGET_SHARES)
 
 
 def front_records(

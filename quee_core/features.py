@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -18,7 +19,7 @@ from quee_core.errors import NumericError
 from quee_core.network import Answer, PathNetwork
 from quee_core.paths import FULL_PRECISION, ROOT, Path
 from quee_core.quantize.calibration import QuantizedBackbone
-from quee_core.tables import FeatureRows
+from quee_core.tables import FeatureRows, check_finite
 
 OnImages = Callable[[int], None]
 
@@ -147,11 +148,8 @@ def _mixed_paths(bits: Sequence[int], exits: Sequence[int], count: int, seed: in
 
 def _checked_answers(logits: Tensor, batch: Batch, path: Path) -> NDArray[np.float32]:
     values: NDArray[np.float32] = logits.float().cpu().numpy()
-    if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
-        raise NumericError(
-            f"path {path}: sample_id {batch.sample_ids[bad[0]]}: logits hold NaN or infinite values ({len(bad)} of "
-            f"{len(values)} images); check the checkpoint and the preprocessing"
-        )
+    with _naming(path):
+        check_finite("logits", values, batch.sample_ids)
     return values
 
 
@@ -181,7 +179,14 @@ def _visit(
 
 
 def _add(rows: FeatureRows, answer: Answer, path: Path, batch: Batch) -> None:
-    try:
+    with _naming(path):
         rows.add(batch.sample_ids, batch.labels, answer.logits, answer.embedding)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before what a NumericError says."""
+    try:
+        yield
     except NumericError as error:
         raise NumericError(f"path {path}: {error}") from None

@@ -143,6 +143,15 @@ class PathTree:
         return tuple(sorted(inner, key=_tree_order))
 
     @property
+    def full_path(self) -> Path:
+        """The path to full depth at the highest bit-width: relative cost 1."""
+        return Path((max(self.bits),) * self.depth)
+
+    def ladder(self, bits: int) -> tuple[Path, ...]:
+        """The uniform paths at `bits`, exit 1 first, whether the tree keeps them or not."""
+        return tuple(Path((bits,) * exit_) for exit_ in range(1, self.depth + 1))
+
+    @property
     def edges(self) -> int:
         """Segments that one walk of the whole tree runs; each kept path is the end of one edge."""
         return len(self.paths)

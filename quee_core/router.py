@@ -53,6 +53,7 @@ class Router(nn.Module):
         tree = policy.tree
         self.costs = relative(path_costs(table, tree.paths, evaluated="every"), table, tree)
         self._tables: Mapping[Path, GateTable] = gate_tables(tree, self.costs)
+        self._gated_journeys = {k: str(path) for k, path in enumerate(tree.paths)}
 
     def forward(self, images: Tensor, rule: Rule) -> Routed:
         """Route preprocessed images float [n, c, h, w] by the gates at a price, or by a cascade.
@@ -118,8 +119,9 @@ class Router(nn.Module):
             state.take(path, rows[stay], answer.logits[stay])
             pending += self._split(path, tokens, rows, actions)
         chosen = state.path
-        journeys = {k: str(path) for k, path in enumerate(self.policy.tree.paths)}
-        return Routed(state.probabilities.argmax(1), state.probabilities, chosen, self.costs[chosen], journeys)
+        return Routed(
+            state.probabilities.argmax(1), state.probabilities, chosen, self.costs[chosen], self._gated_journeys
+        )
 
     def _continued(
         self, gate: Path, tokens: Tensor, rows: NDArray[np.intp], predicted: NDArray[np.float64], price: float

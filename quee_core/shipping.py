@@ -48,7 +48,7 @@ Rule = Cascade | GateRule
 
 @dataclass(frozen=True, eq=False)
 class GateFront:
-    """What the gates' rule does on `select` at every price. costs: relative, float64 [paths], gates included."""
+    """What the gates' rule does with images at every price. costs: relative, float64 [paths], gates included."""
 
     decisions: Decisions
     costs: NDArray[np.float64]
@@ -107,7 +107,7 @@ def choose_rules(
             for taken, point in zip(gates.decisions.choice[picked], points, strict=True)
         ]
     points.append(contest.static(trials, contest.uniform[0], len(picked) - 1))
-    full = contest.static(trials, Path((max(tree.bits),) * tree.depth), 0)
+    full = contest.static(trials, tree.full_path, 0)
     most_accurate = points[0]
     points = list({str(point.rule): point for point in points}.values())
     if not _clearly_better(most_accurate.wrong, full.wrong):
@@ -137,7 +137,7 @@ def rule_decisions(
     for k, point in enumerate(shipped):
         if isinstance(point.rule, Cascade):
             own = relative(look_costs(table, point.rule.looks), table, tree)
-            choice[k : k + 1], costs[k : k + 1] = decisions_of([(point.rule, own)], outcomes, tree.index)
+            choice[k], costs[k] = decisions_of(point.rule, own, outcomes, tree.index)
         elif gates is None:
             raise ShapeMismatchError(f"{point.rule}: no decisions of the gates")
         else:
@@ -234,7 +234,7 @@ class _Contest:
     @property
     def ladders(self) -> list[tuple[Path, ...]]:
         """All exits of each bit-width."""
-        return [tuple(Path((b,) * k) for k in range(1, self.tree.depth + 1)) for b in self.tree.bits]
+        return [self.tree.ladder(bits) for bits in self.tree.bits]
 
     def costs_of(self, looks: tuple[Path, ...]) -> NDArray[np.float64]:
         return relative(look_costs(self.table, looks), self.table, self.tree)
@@ -246,6 +246,7 @@ class _Contest:
         """
         order = {path: k for k, path in enumerate(self.searched)}
         found: dict[_Contestant, NDArray[np.float64]] = {}
+        best: dict[_Contestant, list[int]] = {}
         kept: Iterable[tuple[Path, ...]] = [(path,) for path in order]
         for _ in range(1, max_looks):
             grown = {tuple(sorted({*looks, path}, key=order.__getitem__)) for looks in kept for path in order}
@@ -255,7 +256,7 @@ class _Contest:
             found |= {each: self._tuned_loss(each) for each in fresh if each not in found}
             best = self._best(found)
             kept = [each.looks for each in best]
-        return self._best(found) if found else {}
+        return best
 
     def trial(self, contestant: _Contestant, at: Sequence[int]) -> _Trial:
         """Tune and judge `contestant` at the prices of positions `at`."""
@@ -269,8 +270,7 @@ class _Contest:
                 tuned = tune_thresholds(confidence[~held], errors[~held], costs, prices)
                 taken[:, held] = exits_taken(confidence[held], tuned)
             thresholds = tune_thresholds(confidence, errors, costs, prices)
-        wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
-        loss = wrong + prices * costs[taken].mean(axis=1)
+        loss = _mean_losses(taken, errors, costs, prices)
         return _Trial(
             contestant,
             {k: trimmed(contestant.looks, contestant.measure, v.tolist()) for k, v in zip(at, thresholds, strict=True)},
@@ -310,15 +310,22 @@ class _Contest:
         """Mean error + λ cost at every price, where it was tuned; float64 [prices]."""
         errors, confidence, costs = self._seen(contestant)
         taken = exits_taken(confidence, tune_thresholds(confidence, errors, costs, self.prices))
-        wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
-        loss: NDArray[np.float64] = wrong + self.prices * costs[taken].mean(axis=1)
-        return loss
+        return _mean_losses(taken, errors, costs, self.prices)
 
     def _seen(self, contestant: _Contestant) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
         positions = [self.tree.index[path] for path in contestant.looks]
         confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
         return self.wrong[:, positions], confidence, self.costs_of(contestant.looks)
+
+
+def _mean_losses(
+    taken: NDArray[np.integer], errors: NDArray[np.float64], costs: NDArray[np.float64], prices: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean error + λ cost at each price, float64 [prices], where look `taken` [prices, n] answers each image."""
+    wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
+    loss: NDArray[np.float64] = wrong + prices * costs[taken].mean(axis=1)
+    return loss
 
 
 def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.float64], cheapest: float) -> _Point:

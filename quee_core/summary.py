@@ -29,7 +29,7 @@ from quee_core.evaluation import (
 from quee_core.exits import FittedExits
 from quee_core.fingerprints import code_version, library_versions
 from quee_core.grid import GateFit, GridPoint, assemble, mean_quality, targets_of
-from quee_core.paths import FULL_PRECISION, ROOT, Path
+from quee_core.paths import FULL_PRECISION, ROOT
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy
 from quee_core.record import GridRow, SegmentCost, SweepRecord
@@ -119,8 +119,7 @@ def summarise(
     low = float(priced.final.min())
     fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, settings.seed)
     budgets = budget_rows(fronts, settings, low)
-    full = Path((max(plan.tree.bits),) * plan.tree.depth)
-    full_accuracy = float(1 - test.errors[:, plan.tree.index[full]].mean())
+    full_accuracy = float(1 - test.errors[:, plan.tree.index[plan.tree.full_path]].mean())
     classes = plan.dataset.description.classes
     wanted = {
         gate: targets_of(winner.point, gate, plan.tree, target, test, config.seed)

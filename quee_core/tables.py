@@ -162,12 +162,8 @@ class FeatureRows:
                 f"embedding {embedding.shape}: want n rows each"
             )
         classes = logits.shape[1]
-        for what, values in (("logits", logits), ("embedding", embedding)):
-            if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
-                raise NumericError(
-                    f"sample_id {sample_ids[bad[0]]}: {what} hold NaN or infinite values ({len(bad)} of {count} images)"
-                    "; check the checkpoint and the preprocessing"
-                )
+        check_finite("logits", logits, sample_ids)
+        check_finite("embedding", embedding, sample_ids)
         if len(bad := np.flatnonzero((labels < 0) | (labels >= classes))):
             raise DataError(f"sample_id {sample_ids[bad[0]]}: label {labels[bad[0]]}, but there are {classes} classes")
         if not self._arrays:
@@ -229,6 +225,15 @@ def check_table(table: pa.Table) -> None:
             raise DamagedTableError(f"column {field.name!r} holds nulls")
     if extra := set(table.column_names) - set(wanted.names):
         raise DamagedTableError(f"columns {sorted(extra)} are no part of a feature table")
+
+
+def check_finite(what: str, values: NDArray[np.floating], sample_ids: NDArray[np.int64]) -> None:
+    """Raises NumericError that names `what` and the first sample of which a value in [n, f] is not finite."""
+    if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
+        raise NumericError(
+            f"sample_id {sample_ids[bad[0]]}: {what} hold NaN or infinite values ({len(bad)} of {len(values)} images)"
+            "; check the checkpoint and the preprocessing"
+        )
 
 
 def to_parquet_bytes(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
@@ -331,6 +336,12 @@ class Outcomes:
     def images(self) -> int:
         """n, the number of images."""
         return len(self.labels)
+
+    def position(self, path: Path) -> int:
+        """Place of `path` on the path axis. Raises ShapeMismatchError for a path without a table."""
+        if path not in self.paths:
+            raise ShapeMismatchError(f"path {path}: there is no table of it")
+        return self.paths.index(path)
 
     def gate_features(self, gate: Path, kinds: Sequence[FeatureKind]) -> NDArray[np.float32]:
         """What the gate at path `gate` sees, float32 [n, f]: p_max, entropy, margin, entropy_t2 and top_p for

@@ -64,9 +64,7 @@ def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray
 
 
 def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int) -> _Evidence:
-    if absent := [str(path) for path in paths if path not in outcomes.paths]:
-        raise ShapeMismatchError(f"path {absent[0]}: there is no table of it")
-    positions = [outcomes.paths.index(path) for path in paths]
+    positions = [outcomes.position(path) for path in paths]
     classes = outcomes.top_class[:, positions[-1]]
     columns = []
     for position in positions:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional
-from train_micro_vit import ASSETS, Phase, optimisers_of
+from train_micro_vit import ASSETS, Phase, descend, optimisers_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from quee_core.backbones.micro_vit import micro_vit
@@ -87,19 +87,8 @@ def main() -> None:
                     group["lr"] = PHASE.rate * rate
                 logits = model(normalise(images[picked]))
                 loss = functional.cross_entropy(logits, labels[picked], label_smoothing=0.05)
-                model.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for optimiser in optimisers:
-                    optimiser.step()
+                descend(model, averaged, optimisers, loss, min(0.995, (step + 1) / (step + 10)))
                 losses.append(loss.item())
-                decay = min(0.995, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    for mean, new in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
-                        if mean.is_floating_point():
-                            mean.lerp_(new, 1 - decay)
-                        else:
-                            mean.copy_(new)
                 step += 1
             say(
                 f"epoch {epoch + 1}: training loss {np.mean(losses):.4f}, {time.monotonic() - started:.0f} s; "

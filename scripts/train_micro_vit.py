@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,23 @@ def optimisers_of(model: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]
     return optimisers
 
 
+def descend(
+    model: nn.Module, averaged: nn.Module, optimisers: Sequence[torch.optim.Optimizer], loss: Tensor, decay: float
+) -> None:
+    """One step down `loss`; `averaged` follows the new weights, of which it keeps `decay` of its own."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimiser in optimisers:
+        optimiser.step()
+    with torch.no_grad():
+        for mean, new in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(new, 1 - decay)
+            else:
+                mean.copy_(new)
+
+
 def train(
     model: nn.Module,
     phase: Phase,
@@ -129,19 +146,8 @@ def train(
                 group["lr"] = phase.rate * warmup * 0.5 * (1 + math.cos(math.pi * step / total_steps))
             logits = forward(normalise(augment(images[batch], rng, phase.pad)))
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=0.05)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
+            descend(model, averaged, optimisers, loss, min(0.998, (step + 1) / (step + 10)))
             losses.append(loss.item())
-            decay = min(0.998, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for mean, new in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
-                    if mean.is_floating_point():
-                        mean.lerp_(new, 1 - decay)
-                    else:
-                        mean.copy_(new)
             step += 1
         say(f"epoch {epoch + 1}: training loss {np.mean(losses):.4f}, {time.monotonic() - started:.0f} s")
         after_epoch(averaged)

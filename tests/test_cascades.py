@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quee_core.cascades import Cascade, decisions_of, look_costs, trimmed
 from quee_core.costs import CostTable, path_costs
-from quee_core.errors import ConfigError, InvalidPathError
+from quee_core.errors import ConfigError, InvalidPathError, ShapeMismatchError
 from quee_core.paths import ROOT, Path, PathTree
 from quee_core.tables import UNCERTAINTY
 from tests.test_baselines import DATA, TREE
@@ -88,11 +88,15 @@ class TestDecisions:
 
     def test_other_paths_have_no_cost(self) -> None:
         cascades = [Cascade((path("2"), path("4-4")), "margin", (0.5,)), Cascade((path("8"),), "margin", ())]
-        choice, costs = decisions_of([(c, look_costs(TABLE, c.looks)) for c in cascades], DATA.test, TREE.index)
-        for row, cascade in enumerate(cascades):
+        for cascade in cascades:
+            choice, costs = decisions_of(cascade, look_costs(TABLE, cascade.looks), DATA.test, TREE.index)
             used = {TREE.index[look] for look in cascade.looks}
-            assert set(choice[row]) <= used
-            assert {k for k in range(len(TREE.paths)) if not math.isnan(costs[row, k])} == used
+            assert set(choice) <= used
+            assert {k for k in range(len(TREE.paths)) if not math.isnan(costs[k])} == used
+
+    def test_a_look_without_a_table_is_named(self) -> None:
+        with pytest.raises(ShapeMismatchError, match="path 3: there is no table of it"):
+            Cascade((path("2"), path("3")), "margin", (0.5,)).decide(DATA.test)
 
 
 class TestWords:

@@ -74,13 +74,13 @@ def test_router_looks_again_where_the_tables_say(
 ) -> None:
     tree, cascade = small_sweep.plan.tree, cascade_of(small_sweep, looks, measure)
     own = relative(look_costs(table, cascade.looks), table, tree)
-    choice, costs = decisions_of([(cascade, own)], small_sweep.test, tree.index)
+    choice, costs = decisions_of(cascade, own, small_sweep.test, tree.index)
     images = torch.cat([b.images for b in small_sweep.plan.batches(small_sweep.plan.splits["test"])])
     routed = Router(small_sweep.network, policy, table)(images, cascade)
     assert len(set(routed.path)) == len(cascade.looks)  # every look answers some image
-    np.testing.assert_array_equal(routed.path, choice[0])
+    np.testing.assert_array_equal(routed.path, choice)
     np.testing.assert_array_equal(routed.label, small_sweep.test.predicted[np.arange(len(images)), routed.path])
-    np.testing.assert_array_equal(routed.cost, costs[0, routed.path])
+    np.testing.assert_array_equal(routed.cost, costs[routed.path])
     assert routed.journeys[tree.index[cascade.looks[-1]]] == cascade.journey(len(cascade.looks) - 1)
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from quee_core.errors import InvalidPathError, NumericError, ShapeMismatchError
 from quee_core.fronts import Decisions
-from quee_core.paths import Path, PathTree
+from quee_core.paths import PathTree
 from quee_core.tables import Outcomes
 
 MAX_PATHS = np.iinfo(np.int16).max  # choices are int16
@@ -51,7 +51,7 @@ class BaselineData:
 
     def ladder(self, bits: int) -> list[int]:
         """Positions of the uniform paths at `bits`, exit 1 first. Raises InvalidPathError if the tree lacks one."""
-        paths = [Path((bits,) * k) for k in range(1, self.tree.depth + 1)]
+        paths = self.tree.ladder(bits)
         if absent := [path for path in paths if path not in self.tree.index]:
             raise InvalidPathError(f"path {absent[0]}: baselines need every uniform path, and the tree lacks this one")
         return [self.tree.index[path] for path in paths]
