@@ -1,9 +1,10 @@
 """The front against every baseline, on several data sets and seeds of splits: `make bench-front`.
 
 Sweeps Fashion-MNIST and the glyphs, and with DATA_ROOT the CIFAR-10 images of `configs/cifar10_micro.yaml`, once for
-each seed, and each data set once more with plain exit heads (two statistics, linear, no distillation, no copies). Then
-prints what `quee compare` does, and what the teacher and second looks are worth to a front without gates; writes
-benchmarks/front_results.json. What is finished is not computed again.
+each seed, and each data set once more with plain exit heads (two statistics, linear, 4,000 images, no distillation, no
+copies). Then prints what `quee compare` does; what each lever gives; and what the front is worth to someone who has
+labels for a tenth of the images that rules are chosen on. Writes benchmarks/front_results.json. What is finished is not
+computed again; how long it took is kept beside it.
 """
 
 import argparse
@@ -13,38 +14,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from rich.console import Console
 
 from flows.comparing import print_comparisons
+from quee_core.baselines import BASELINES, BaselineData
 from quee_core.comparison import RunFronts, compare, run_fronts, run_outcomes
 from quee_core.config import SweepConfig
+from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.deployment import load_router
-from quee_core.evaluation import MeasuredFront, PricedTree, measured
+from quee_core.evaluation import MeasuredFront, PricedTree, measure, measured
 from quee_core.fronts import hypervolume_per_image, paired_bootstrap
 from quee_core.runs import find_record, router_folder
 from quee_core.shipping import choose_rules, rule_decisions
+from quee_core.tables import Outcomes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESULTS = Path(__file__).with_name("front_results.json")
 SETS = ("quick", "glyphs", "cifar10_micro")
-PLAIN_HEADS = {"statistics": 2, "hidden": 0, "distillation": 0.0, "copies": 0, "epochs": 120, "weight_decay": 0.05}
-PARTS: Mapping[str, Mapping[str, Any]] = {
-    "thresholds alone": {"max_looks": 1, "teacher_share": 0.0},
-    "with the teacher": {"max_looks": 1},
-    "with second looks": {"teacher_share": 0.0},
-    "with both": {},
+PLAIN_HEADS = {
+    "statistics": 2, "hidden": 0, "distillation": 0.0, "copies": 0, "images": 4000, "epochs": 120, "weight_decay": 0.05,
+}  # fmt: skip
+LABELLED = 0.1  # of the images that rules are chosen on, where labels are few
+LEVERS: Mapping[str, Mapping[str, Any]] = {
+    "choice per price, cross-validated": {"max_looks": 1, "teacher_share": 0.0},
+    "choice and teacher": {"max_looks": 1},
+    "choice and second looks": {"teacher_share": 0.0},
+    "choice, teacher and second looks": {},
 }
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a choice of parts gives: mean accuracy over all costs, its gain over thresholds alone, fitting time."""
+class Gain:
+    """Mean accuracy over all costs, what it gains over a rival's, paired over test images, and the time to fit it.
+
+    seconds: of one run, where it was measured.
+    """
 
     dataset: str
     name: str
@@ -52,7 +63,53 @@ class Part:
     gain: float
     low: float
     high: float
-    seconds: float
+    seconds: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished sweep with what its front was chosen and measured on."""
+
+    fronts: RunFronts
+    priced: PricedTree
+    outcomes: tuple[Outcomes, Outcomes, Outcomes]
+    prices: NDArray[np.float64]
+    seed: int
+    stage_seconds: Mapping[str, float]  # when they were computed
+
+    @classmethod
+    def open(cls, name: str, runs: Path) -> "Run":
+        """The run; notes how long its stages took, which a later run that finds everything would not say."""
+        record, folder = find_record(name, runs)
+        kept = folder / "seconds.json"
+        router = load_router(router_folder(folder)).router
+        config = SweepConfig.model_validate(record.config)
+        spent: dict[str, float] = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+        spent |= {timing.stage: timing.seconds for timing in record.timings if timing.computed and not timing.reused}
+        kept.write_text(json.dumps(spent), "utf-8")
+        return cls(
+            run_fronts(record, folder), PricedTree.of(router.table.without_gates(), router.policy.tree),
+            run_outcomes(folder), config.prices.grid(), config.seed, spent,
+        )  # fmt: skip
+
+    def chosen(
+        self, target: Outcomes, select: Outcomes, unlabelled: Outcomes | None = None, **settings: Any
+    ) -> tuple[MeasuredFront, float]:
+        """The front without gates that is chosen on these images, measured on `test`, and the seconds that it took."""
+        tree, test, started = self.priced.tree, self.outcomes[2], time.perf_counter()
+        rules = choose_rules(
+            self.priced.table, tree, target, select, None, self.prices, self.seed, unlabelled=unlabelled, **settings
+        )
+        spent = time.perf_counter() - started
+        decisions, costs = rule_decisions(rules, self.priced.table, tree, test)
+        return measured(decisions, test, costs), spent
+
+    def thresholds(self, tuning: Outcomes) -> tuple[MeasuredFront, float]:
+        """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""
+        test, started = self.outcomes[2], time.perf_counter()
+        data = BaselineData(self.priced.tree, self.priced.final, self.priced.every, tuning, test, self.seed)
+        front = measure(BASELINES["threshold"](data, self.prices), tuning, test)
+        return front, time.perf_counter() - started
 
 
 def sweep(config: str, seed: int, folder: Path, data_root: Path | None, heads: Mapping[str, Any]) -> str:
@@ -71,41 +128,88 @@ def sweep(config: str, seed: int, folder: Path, data_root: Path | None, heads: M
     return str(raw["name"])
 
 
-def parts_of(names: Sequence[str], runs: Path) -> list[Part]:
-    """The shipped front with and without its parts, pooled over the runs of one data set."""
-    fronts: dict[str, list[MeasuredFront]] = {name: [] for name in PARTS}
-    seconds = dict.fromkeys(PARTS, 0.0)
-    lows = []
-    for run in names:
-        record, folder = find_record(run, runs)
-        target, select, test = run_outcomes(folder)
-        router = load_router(router_folder(folder)).router
-        table = router.table.without_gates()
-        priced = PricedTree.of(table, router.policy.tree)
-        lows.append(float(priced.final.min()))
-        prices = SweepConfig.model_validate(record.config).prices.grid()
-        for name, settings in PARTS.items():
-            started = time.perf_counter()
-            rules = choose_rules(
-                table, priced.tree, target, select, None, prices, int(record.config["seed"]), **settings
-            )
-            seconds[name] += time.perf_counter() - started
-            decisions, costs = rule_decisions(rules, table, priced.tree, test)
-            fronts[name].append(measured(decisions, test, costs))
-    volumes = {
-        name: np.mean([hypervolume_per_image(f.cost, f.correct, max(lows)) for f in found], axis=0)
-        for name, found in fronts.items()
-    }
-    alone = volumes["thresholds alone"]
-    gains = paired_bootstrap(
-        np.stack([volume - alone for volume in volumes.values()]), resamples=2000, seed=0,
-        differences=[True] * len(volumes),
-    )  # fmt: skip
-    dataset = find_record(names[0], runs)[0].dataset
+def levers(runs: Sequence[Run], plain: Run) -> list[Gain]:
+    """What the exit heads give to thresholds, and the front's parts to thresholds that are tuned on the same images."""
+    fronts: dict[str, list[MeasuredFront]] = {}
+    seconds: dict[str, list[float | None]] = {}
+
+    def note(name: str, front: MeasuredFront, spent: float | None) -> None:
+        fronts.setdefault(name, []).append(front)
+        seconds.setdefault(name, []).append(spent)
+
+    for run in runs:
+        target, select, _ = run.outcomes
+        note("thresholds", *run.thresholds(Outcomes.joined_answers([target, select])))
+        for name, settings in LEVERS.items():
+            note(name, *run.chosen(target, select, **settings))
+        note("gates", run.fronts.fronts["gates"], run.stage_seconds.get("fit the grid"))
+        note("all together, as it ships", run.fronts.fronts["quee"], None)
+    first = runs[0]
+    heads = _gains(
+        first.fronts.dataset,
+        {"plain heads": [plain.fronts.fronts["threshold"]], "exit heads": [first.fronts.fronts["threshold"]]},
+        {"plain heads": [None], "exit heads": [first.stage_seconds.get("train heads")]},
+        max(first.fronts.low, plain.fronts.low),
+    )
+    return [*heads, *_gains(first.fronts.dataset, fronts, seconds, max(run.fronts.low for run in runs))]
+
+
+def few_labels(runs: Sequence[Run]) -> list[Gain]:
+    """Fronts without gates, chosen with labels for a tenth of the images, against thresholds tuned on those."""
+    fronts: dict[str, list[MeasuredFront]] = {}
+    seconds: dict[str, list[float | None]] = {}
+    for run in runs:
+        joined = Outcomes.joined_answers(run.outcomes[:2])
+        drawn = np.random.default_rng([run.seed, 10]).permutation(joined.images)
+        target, select, rest = (
+            joined.take(np.sort(rows))
+            for rows in np.split(drawn, [round(0.75 * LABELLED * len(drawn)), round(LABELLED * len(drawn))])
+        )
+        unknown = np.full(rest.images, UNKNOWN_LABEL, np.int16)
+        unlabelled = replace(rest, labels=unknown, errors=np.ones_like(rest.errors))
+        for name, (front, spent) in {
+            "thresholds, a tenth labelled": run.thresholds(Outcomes.joined_answers([target, select])),
+            "quee, a tenth labelled": run.chosen(target, select),
+            "quee, the others unlabelled": run.chosen(target, select, unlabelled),
+            "quee, all labelled": run.chosen(*run.outcomes[:2]),
+        }.items():
+            fronts.setdefault(name, []).append(front)
+            seconds.setdefault(name, []).append(spent)
+    return _gains(runs[0].fronts.dataset, fronts, seconds, max(run.fronts.low for run in runs))
+
+
+def _gains(
+    dataset: str,
+    fronts: Mapping[str, Sequence[MeasuredFront]],
+    seconds: Mapping[str, Sequence[float | None]],
+    low: float,
+) -> list[Gain]:
+    """Of each front over the first, pooled over runs as `quee compare` does."""
+    volumes = np.stack(
+        [np.mean([hypervolume_per_image(f.cost, f.correct, low) for f in found], axis=0) for found in fronts.values()]
+    )
+    gains = paired_bootstrap(volumes - volumes[0], resamples=2000, seed=0, differences=[True] * len(volumes))
     return [
-        Part(dataset, name, float(volumes[name].mean()), *row, seconds[name] / len(names))
-        for name, row in zip(volumes, zip(*gains, strict=True), strict=True)
+        Gain(dataset, name, float(volume.mean()), *row, _mean(seconds[name]))
+        for name, volume, row in zip(fronts, volumes, zip(*gains, strict=True), strict=True)
     ]
+
+
+def _mean(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def print_gains(title: str, gains: Sequence[Gain], console: Console) -> None:
+    """One line each, tabs between."""
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    for one in gains:
+        console.print(
+            f"{one.dataset}\t{one.name}\t{100 * one.hypervolume:.2f}\t{100 * one.gain:+.2f} "
+            f"[{100 * one.low:+.2f}, {100 * one.high:+.2f}]\t"
+            + ("–" if one.seconds is None else f"{one.seconds:.1f} s"),
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -117,23 +221,20 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     folder, runs = args.folder.resolve(), args.folder.resolve() / "runs"
     chosen = [name for name in SETS if args.data_root or not name.startswith("cifar10")]
-    swept = {name: [sweep(name, seed, folder, args.data_root, {}) for seed in args.seeds] for name in chosen}
-    plain = [sweep(name, args.seeds[0], folder, args.data_root, PLAIN_HEADS) for name in chosen]
-
-    def measured_runs(names: Sequence[str]) -> list[RunFronts]:
-        return [run_fronts(*find_record(name, runs)) for name in names]
-
+    swept = [[Run.open(sweep(name, seed, folder, args.data_root, {}), runs) for seed in args.seeds] for name in chosen]
+    plain = [Run.open(sweep(name, args.seeds[0], folder, args.data_root, PLAIN_HEADS), runs) for name in chosen]
     console = Console(width=160)
-    found = compare(measured_runs([name for names in swept.values() for name in names]), measured_runs(plain))
+    found = compare([run.fronts for group in swept for run in group], [run.fronts for run in plain])
     print_comparisons(found, console)
-    parts = [part for names in swept.values() for part in parts_of(names, runs)]
-    for part in parts:
-        console.print(
-            f"{part.dataset}\t{part.name}\t{100 * part.hypervolume:.2f}\t{100 * part.gain:+.2f} "
-            f"[{100 * part.low:+.2f}, {100 * part.high:+.2f}]\t{part.seconds:.1f} s",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    kept = {"comparisons": [asdict(one) for one in found], "parts": [asdict(part) for part in parts]}
+    alone = [gain for group, other in zip(swept, plain, strict=True) for gain in levers(group, other)]
+    print_gains("what each lever gives", alone, console)
+    few = [gain for group in swept for gain in few_labels(group)]
+    print_gains("where labels are few", few, console)
+    kept = {
+        "comparisons": [asdict(one) for one in found],
+        "levers": [asdict(one) for one in alone],
+        "few_labels": [asdict(one) for one in few],
+    }
     RESULTS.write_text(json.dumps(kept, indent=2), "utf-8")
 
 

@@ -16,7 +16,6 @@ from flows.prefect_server import OwnServer
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
-from quee_core.plan import WALKED
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.runs import read_record
 from quee_core.stages import branches_of
@@ -62,13 +61,14 @@ def fill_tables(sweep: SweepConfig, folder: Path) -> tuple[Assembled, list[Stage
     fills the gap. Once for each split; a store that damages what is written anew is the user's to mend.
     """
     timings = []
-    for attempt in range(len(WALKED) + 1):
+    splits = len(plan_of(sweep).walked)
+    for attempt in range(splits + 1):
         timings.append(extract_all(sweep))
         try:
             assembled, timing = assemble_outcomes(sweep, folder)
             break
         except DamagedTableError:
-            if attempt == len(WALKED):
+            if attempt == splits:
                 raise
     return assembled, [*timings, timing]
 

@@ -29,11 +29,15 @@ def _known_widths(bits: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class DatasetConfig(Section):
-    """Labelled images, and how they are divided."""
+    """Images, and how they are divided."""
 
     name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
     root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
-    fit: Fraction = Field(0.40, description="Share of the non-test images for calibration, heads and PCA.")
+    fit: Fraction = Field(
+        0.40,
+        description="Share of the non-test images for calibration, heads and PCA; where the backbone was trained on a "
+        "part of the set, that part is `fit`, and `target` and `select` share the others.",
+    )
     target: Fraction = Field(0.45, description="Share of the non-test images for targets, predictors and thresholds.")
     select: Fraction = Field(0.15, description="Share of the non-test images for choosing predictors and thresholds.")
     test: Fraction = Field(0.0, description="Share for test, where the set has no official test part.")
@@ -42,6 +46,12 @@ class DatasetConfig(Section):
         None, description="Part that the backbone was trained on; by default what the data set's description says."
     )
     limit: int | None = Field(None, ge=50, description="At most this many images in each split.")
+    unlabelled: int = Field(
+        20_000,
+        ge=0,
+        description="At most this many images of the part `unlabelled`, where the set has one: rules are chosen on "
+        "them too, by what all paths together make of each; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> "DatasetConfig":

@@ -10,7 +10,7 @@ from quee_core.data.splits import image_count
 from quee_core.exits import FittedExits
 from quee_core.features import walked_edges
 from quee_core.grid import grid_points
-from quee_core.plan import WALKED, SweepPlan
+from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration
 from quee_core.stages import branches_of, cells_of, grid_units
 from quee_core.store import Store
@@ -62,7 +62,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
     Without a calibration and exits in the store no cell can be there, so all count as missing.
     """
     branches = branches_of(plan)
-    total = sum(len(plan.shards(split)) for split in WALKED) * len(plan.tree.paths)
+    total = sum(len(plan.shards(split)) for split in plan.walked) * len(plan.tree.paths)
     calibration = store.get_artefact("calibration", plan.calibration_key)
     exits = store.get_artefact("exits", plan.exits_key)
     classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from quee_core.backbones.registry import LoadedBackbone, load_backbone
 from quee_core.config import SweepConfig
 from quee_core.costs import edge_bits
-from quee_core.data.datasets import ImageDataset, load_dataset
+from quee_core.data.datasets import UNLABELLED, ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.data.splits import Selection, SplitName, choose_splits, image_count, subsample
@@ -23,7 +23,7 @@ from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
 from quee_core.quantize.methods import quant_method
 
-WALKED: tuple[SplitName, ...] = ("target", "select", "test")
+WALKED: tuple[SplitName, ...] = ("target", "select", "test")  # of every plan
 
 # The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
 _CALIBRATION_CODE = (
@@ -82,6 +82,11 @@ class SweepPlan:
     def images(self) -> dict[SplitName, int]:
         """Number of images of each split."""
         return {name: image_count(parts) for name, parts in self.splits.items()}
+
+    @property
+    def walked(self) -> tuple[SplitName, ...]:
+        """Splits whose images run along every path."""
+        return (*WALKED, UNLABELLED) if UNLABELLED in self.splits else WALKED
 
     def batches(self, selections: tuple[Selection, ...]) -> Generator[Batch, None, None]:
         """Preprocessed images of `selections`, streamed in order; see `image_batches`."""
@@ -199,6 +204,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
         seed=config.dataset.seed,
         trained_on=config.dataset.trained_on,
         limit=config.dataset.limit,
+        unlabelled=config.dataset.unlabelled,
     )
     loaded = load_backbone(
         config.backbone.name,

@@ -1,9 +1,11 @@
 """The front that ships: at every price the rule that has shown itself best, simple ones first (design, sections 9, 11).
 
 Ladders of exits, cascades of second looks and the gates' predictions compete at every price λ on images that their
-thresholds or predictors were not fitted to. The simplest wins unless another is better by more than its standard error:
-the best of many noisy candidates looks better than it is, and a front that changes its mind at every price pays for it.
-An answer counts half by its label, half by what a teacher thinks of it (teacher.py), which has less noise.
+thresholds or predictors were not fitted to. The simplest wins unless another is better by more than its standard error,
+the gates by more than two: the best of many noisy candidates looks better than it is, and a front that changes its mind
+at every price pays for it. An answer counts half by its label, half by what a teacher thinks of it (teacher.py), which
+has less noise; and where there is no label, by the teacher alone. Whether a difference is clear is told by both, so
+weighed that the teacher's bias on unlabelled images cannot decide it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,7 @@ from quee_core.fronts import Decisions, choose_points
 from quee_core.gates import check_prices
 from quee_core.paths import Path, PathTree
 from quee_core.tables import Outcomes
-from quee_core.teacher import error_probabilities
+from quee_core.teacher import judged_errors
 from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken, tune_thresholds
 
 FOLDS = 4
@@ -28,6 +30,7 @@ MAX_LOOKS = 3
 MAX_SEARCHED = 24  # uniform paths that cascades are made of; of more, some exits are left out
 SEARCHED_WITH = "margin"
 BEAM = 6  # cascades that are kept for each price
+GATES_BETTER_BY = 2.0  # standard errors: they are judged on the images that they were picked on out of a grid
 TEACHER_SHARE = 0.5  # of an error; the label has the rest
 MAX_PRICES = 60  # of the grid, evenly spread; the hull between them is time-shared
 
@@ -58,7 +61,8 @@ class GateFront:
 class Shipped:
     """One operating point of the front: a rule, and the price λ that it was chosen for.
 
-    cost, accuracy: relative cost and accuracy that it showed where it was chosen; none of them is of a test image.
+    cost: relative, mean over the images that it was tuned on. accuracy: in cross-validation on these, or as the teacher
+    sees it, half where there is a label. None of them is a test image.
     """
 
     rule: Rule
@@ -76,32 +80,36 @@ def choose_rules(
     prices: NDArray[np.float64],
     seed: int,
     *,
+    unlabelled: Outcomes | None = None,
     max_looks: int = MAX_LOOKS,
     teacher_share: float = TEACHER_SHARE,
 ) -> tuple[Shipped, ...]:
     """The rules that ship, by ascending cost; the cheapest static path is the first unless another dominates it.
 
-    table: costs in any unit, gates free. gates: None to leave them out. prices: λ ≥ 0. max_looks: 1 leaves ladders
-    alone. teacher_share: how much of an error is the teacher's opinion. Thresholds are tuned on `target` and `select`
-    together; what a rule is judged by, it gave in cross-validation, or for the gates, whose predictors were fitted on
-    `target`, on `select`. The full path is the last, unless another rule is clearly more accurate: that fewer bits are
-    as good is more than so few images can show. Which looks make a cascade was searched for on all of these images,
-    and the gates' training was stopped, and their grid ranked, on `select`: a favour to both that the standard error
-    has to outweigh.
+    table: costs in any unit, gates free. gates: None to leave them out. prices: λ ≥ 0. unlabelled: images on which the
+    teacher alone judges. max_looks: 1 leaves ladders alone. teacher_share: how much of an error is the teacher's
+    opinion, where there is a label. Thresholds are tuned on `target`, `select` and `unlabelled` together; which rule
+    wins at a price is seen in cross-validation, or for the gates, whose predictors were fitted on `target`, on
+    `select`. The full path is the last, unless another rule is clearly more accurate: that fewer bits are as good is
+    more than so few images can show. Which looks make a cascade was searched for on all of these images, and the gates'
+    training was stopped, and their grid ranked, on `select`: a favour to both that the standard error has to outweigh,
+    for the gates twice. Rules that time-sharing among others beats are dropped, by what each gives where it was tuned:
+    all are flattered alike there, and cross-validation's noise would drop good ones.
     Raises ConfigError for bad prices, ShapeMismatchError where the gates' prices are not `prices`.
     """
     grid = check_prices(prices)
     if gates is not None and gates.decisions.prices != tuple(grid.tolist()):
         raise ShapeMismatchError(f"gates: {len(gates.decisions.prices)} prices that are not the {len(grid)} given")
     picked = np.unique(np.linspace(0, len(grid) - 1, min(MAX_PRICES, len(grid))).round().astype(int))
-    contest = _Contest.of(table, tree, Outcomes.joined_answers([target, select]), grid[picked], seed, teacher_share)
+    outcomes = Outcomes.joined_answers([*([unlabelled] if unlabelled is not None else []), target, select])
+    contest = _Contest.of(table, tree, outcomes, grid[picked], seed, teacher_share)
     simple = [_Contestant((path,), SEARCHED_WITH) for path in contest.uniform]
     simple += [_Contestant(ladder, measure) for ladder in contest.ladders for measure in CONFIDENCES]
     trials = [contest.trial(each, range(len(picked))) for each in simple]
     others = [contest.trial(each, at) for each, at in contest.search(max_looks).items()]
     points = [contest.winner(k, trials, others) for k in range(len(picked))]
     if gates is not None:
-        wrong, image = contest.wrong[-select.images :], np.arange(select.images)
+        wrong, image = contest.errors[-select.images :], np.arange(select.images)
         points = [
             _against_gates(point, wrong[image, taken], gates.costs[taken], float(gates.costs.min()))
             for taken, point in zip(gates.decisions.choice[picked], points, strict=True)
@@ -110,9 +118,9 @@ def choose_rules(
     full = contest.static(trials, tree.full_path, 0)
     most_accurate = points[0]
     points = list({str(point.rule): point for point in points}.values())
-    if not _clearly_better(most_accurate.wrong, full.wrong):
+    if not most_accurate.clearly_better_than(full, 0.0):
         points = [*(point for point in points if point.cost < full.cost), full]
-    kept = choose_points(np.array([p.cost for p in points]), np.array([p.accuracy for p in points]))
+    kept = choose_points(np.array([p.cost for p in points]), np.array([p.tuned_accuracy for p in points]))
     if points[-1] is full and len(points) - 1 not in kept:
         kept = np.append(kept, len(points) - 1)
     return tuple(Shipped(p.rule, p.price, p.cost, p.accuracy) for p in (points[k] for k in kept))
@@ -157,47 +165,60 @@ class _Contestant:
 class _Trial:
     """A contestant at the prices of positions `at`: tuned on all images, judged by what it did in cross-validation.
 
-    rules: as tuned on all images. taken: the look that answered each image in cross-validation, int8 [at, n].
-    loss: mean error + λ cost of that, by position of the price.
+    rules: as tuned on all images. tuned: mean cost and mean error that they give there. taken: the look that answered
+    each image in cross-validation, int8 [n]. loss: mean error + λ cost of that. All by position of the price.
     """
 
     contestant: _Contestant
     rules: dict[int, Cascade]
+    tuned: dict[int, tuple[float, float]]
     taken: dict[int, NDArray[np.int8]]
     loss: dict[int, float]
 
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """A rule, and what it showed on images that it was not tuned on.
+    """A rule, and what it showed.
 
-    costs, wrong: float64 [n], image by image, or for the gates [select]: the last images. cost, accuracy: over all n.
+    costs, wrong: cost and error of each image that it was not tuned on, float64 [n], or for the gates [select]: the
+    last images. weighed: the same errors, for means (`_Contest`), float64 [n]; of the gates they are `wrong`. cost,
+    tuned_accuracy: means where it was tuned. accuracy: mean where it was not.
     """
 
     rule: Rule
     price: float
     costs: NDArray[np.float64]
     wrong: NDArray[np.float64]
+    weighed: NDArray[np.float64]
     cost: float
+    tuned_accuracy: float
     accuracy: float
 
-    @property
-    def loss(self) -> NDArray[np.float64]:
-        """Error + λ cost of each image, float64 [n]."""
-        return self.wrong + self.price * self.costs
+    def clearly_better_than(self, other: "_Point", price: float) -> bool:
+        """Whether mean error + `price` · cost is lower by more than the standard errors that the rule is asked for.
+
+        On the images that both were seen on; gates on those of `select`, all of which have labels.
+        """
+        gates = isinstance(self.rule, GateRule) or isinstance(other.rule, GateRule)
+        own, rival = (each.wrong if gates else each.weighed for each in (self, other))
+        common = min(len(own), len(rival))
+        gain = (rival + price * other.costs)[-common:] - (own + price * self.costs)[-common:]
+        needed = GATES_BETTER_BY if isinstance(self.rule, GateRule) else 1.0
+        return bool(gain.mean() > needed * gain.std() / np.sqrt(common) and gain.mean() > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class _Contest:
     """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
 
-    wrong: error of every path's answer, float64 [n, P], in [0, 1].
+    errors, weighed: of every path's answer, float64 [n, P], image by image and for means (`teacher.judged_errors`).
     """
 
     table: CostTable
     tree: PathTree
     outcomes: Outcomes
-    wrong: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    weighed: NDArray[np.float64]
     prices: NDArray[np.float64]
     fold: NDArray[np.int64]
 
@@ -212,11 +233,9 @@ class _Contest:
         teacher_share: float,
     ) -> "_Contest":
         fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
-        wrong = outcomes.errors.astype(np.float64)
-        if teacher_share:
-            uniform = [path for path in tree.paths if path.is_uniform]
-            wrong += teacher_share * (error_probabilities(outcomes, uniform, fold) - wrong)
-        return cls(table, tree, outcomes, wrong, prices, fold)
+        uniform = [path for path in tree.paths if path.is_uniform]
+        errors, weighed = judged_errors(outcomes, uniform, fold, teacher_share)
+        return cls(table, tree, outcomes, errors, weighed, prices, fold)
 
     @cached_property
     def uniform(self) -> list[Path]:
@@ -267,13 +286,16 @@ class _Contest:
         if len(contestant.looks) > 1:
             for fold in range(FOLDS):
                 held = self.fold == fold
-                tuned = tune_thresholds(confidence[~held], errors[~held], costs, prices)
-                taken[:, held] = exits_taken(confidence[held], tuned)
+                others = tune_thresholds(confidence[~held], errors[~held], costs, prices)
+                taken[:, held] = exits_taken(confidence[held], others)
             thresholds = tune_thresholds(confidence, errors, costs, prices)
-        loss = _mean_losses(taken, errors, costs, prices)
+        tuned = exits_taken(confidence, thresholds)
+        shown = zip(costs[tuned].mean(axis=1).tolist(), _mean_errors(tuned, errors).tolist(), strict=True)
+        loss = _mean_errors(taken, errors) + prices * costs[taken].mean(axis=1)
         return _Trial(
             contestant,
             {k: trimmed(contestant.looks, contestant.measure, v.tolist()) for k, v in zip(at, thresholds, strict=True)},
+            dict(zip(at, shown, strict=True)),
             dict(zip(at, taken, strict=True)),
             dict(zip(at, loss.tolist(), strict=True)),
         )
@@ -283,7 +305,7 @@ class _Contest:
         best = self._point(min(simple, key=lambda trial: trial.loss[k]), k)
         if challengers := [trial for trial in others if k in trial.loss]:
             challenger = self._point(min(challengers, key=lambda trial: trial.loss[k]), k)
-            if _clearly_better(challenger.loss, best.loss):
+            if challenger.clearly_better_than(best, float(self.prices[k])):
                 return challenger
         return best
 
@@ -292,10 +314,20 @@ class _Contest:
         return self._point(next(trial for trial in simple if trial.contestant.looks == (path,)), k)
 
     def _point(self, trial: _Trial, k: int) -> _Point:
-        errors, _, costs = self._seen(trial.contestant)
+        looks = np.array([self.tree.index[path] for path in trial.contestant.looks])
         taken = trial.taken[k].astype(np.intp)
-        own, wrong = costs[taken], errors[np.arange(len(errors)), taken]
-        return _Point(trial.rules[k], float(self.prices[k]), own, wrong, float(own.mean()), 1 - float(wrong.mean()))
+        image, answer = np.arange(len(taken)), looks[taken]
+        wrong, (cost, error) = self.errors[image, answer], trial.tuned[k]
+        return _Point(
+            rule=trial.rules[k],
+            price=float(self.prices[k]),
+            costs=self.costs_of(trial.contestant.looks)[taken],
+            wrong=wrong,
+            weighed=self.weighed[image, answer],
+            cost=cost,
+            tuned_accuracy=1 - error,
+            accuracy=1 - float(wrong.mean()),
+        )
 
     def _best(self, found: dict[_Contestant, NDArray[np.float64]]) -> dict[_Contestant, list[int]]:
         each = list(found)
@@ -310,22 +342,20 @@ class _Contest:
         """Mean error + λ cost at every price, where it was tuned; float64 [prices]."""
         errors, confidence, costs = self._seen(contestant)
         taken = exits_taken(confidence, tune_thresholds(confidence, errors, costs, self.prices))
-        return _mean_losses(taken, errors, costs, self.prices)
+        loss: NDArray[np.float64] = _mean_errors(taken, errors) + self.prices * costs[taken].mean(axis=1)
+        return loss
 
     def _seen(self, contestant: _Contestant) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
         positions = [self.tree.index[path] for path in contestant.looks]
         confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
-        return self.wrong[:, positions], confidence, self.costs_of(contestant.looks)
+        return self.errors[:, positions], confidence, self.costs_of(contestant.looks)
 
 
-def _mean_losses(
-    taken: NDArray[np.integer], errors: NDArray[np.float64], costs: NDArray[np.float64], prices: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Mean error + λ cost at each price, float64 [prices], where look `taken` [prices, n] answers each image."""
-    wrong = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
-    loss: NDArray[np.float64] = wrong + prices * costs[taken].mean(axis=1)
-    return loss
+def _mean_errors(taken: NDArray[np.integer], errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean error at each price, float64 [prices], where look `taken` [prices, n] answers each image."""
+    wrong: NDArray[np.float64] = np.take_along_axis(errors.T, taken.astype(np.intp), axis=0).mean(axis=1)
+    return wrong
 
 
 def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.float64], cheapest: float) -> _Point:
@@ -334,24 +364,17 @@ def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.
     wrong, costs: float64 [select], of the gates there. What `point` shows on all images, set right by the difference
     that the gates make on `select`, is what they would show on all. cheapest: least that an image can cost them.
     """
-    if not _clearly_better(wrong + point.price * costs, point.loss):
-        return point
     behind = slice(-len(wrong), None)
-    return _Point(
+    dearer = float((costs - point.costs[behind]).mean())
+    worse = float((wrong - point.wrong[behind]).mean())
+    gates = _Point(
         rule=GateRule(point.price),
         price=point.price,
         costs=costs,
         wrong=wrong,
-        cost=max(cheapest, point.cost + float((costs - point.costs[behind]).mean())),
-        accuracy=float(np.clip(point.accuracy - (wrong - point.wrong[behind]).mean(), 0, 1)),
+        weighed=wrong,
+        cost=max(cheapest, point.cost + dearer),
+        tuned_accuracy=point.tuned_accuracy - worse,
+        accuracy=float(np.clip(point.accuracy - worse, 0, 1)),
     )
-
-
-def _clearly_better(loss: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
-    """Whether the mean of `loss` is lower by more than the standard error of the difference, image by image.
-
-    Of arrays of different lengths, the last images of the longer one are those of the shorter one.
-    """
-    common = min(len(loss), len(than))
-    gain = than[-common:] - loss[-common:]
-    return bool(gain.mean() > gain.std() / np.sqrt(common) and gain.mean() > 0)
+    return gates if gates.clearly_better_than(point, point.price) else point

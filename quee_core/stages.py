@@ -25,7 +25,7 @@ from quee_core.fingerprints import code_version, environment_versions, fingerpri
 from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
 from quee_core.network import PathNetwork
 from quee_core.paths import Path, PathTree
-from quee_core.plan import WALKED, SweepPlan
+from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
@@ -187,7 +187,10 @@ def extract_branch(
 def branches_of(plan: SweepPlan) -> list[tuple[SplitName, int, int]]:
     """The units of extraction: (split, image shard, first bit-width), each one walk (design, section 5)."""
     return [
-        (split, shard, bits) for split in WALKED for shard in range(len(plan.shards(split))) for bits in plan.tree.bits
+        (split, shard, bits)
+        for split in plan.walked
+        for shard in range(len(plan.shards(split)))
+        for bits in plan.tree.bits
     ]
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.errors import (
     ConfigError,
     DamagedTableError,
@@ -124,8 +125,9 @@ def feature_table(
 
     predicted: the first of the highest logits; top_p and top_class follow in falling order, of equal logits the
     lower class first. entropy: of the probabilities, in nats. margin: between the two highest. entropy_t2: of the
-    probabilities squared and renormalised. Every row is computed from its own logits alone, in float64, so the batch
-    that an image comes in never shows. Embeddings beyond float16 are held at its ends, +-65504.
+    probabilities squared and renormalised. correct: never where the label is `UNKNOWN_LABEL`. Every row is computed
+    from its own logits alone, in float64, so the batch that an image comes in never shows. Embeddings beyond float16
+    are held at its ends, +-65504.
     Raises NumericError that names the sample for logits or embeddings that are not finite, DataError for a label that
     is no class, ShapeMismatchError if rows disagree.
     """
@@ -164,7 +166,7 @@ class FeatureRows:
         classes = logits.shape[1]
         check_finite("logits", logits, sample_ids)
         check_finite("embedding", embedding, sample_ids)
-        if len(bad := np.flatnonzero((labels < 0) | (labels >= classes))):
+        if len(bad := np.flatnonzero(((labels < 0) & (labels != UNKNOWN_LABEL)) | (labels >= classes))):
             raise DataError(f"sample_id {sample_ids[bad[0]]}: label {labels[bad[0]]}, but there are {classes} classes")
         if not self._arrays:
             self._allocate(classes, embedding.shape[1])
@@ -261,6 +263,7 @@ class Outcomes:
 
     sample_ids int64 [n]; labels int16 [n]; predicted int16 [n, P]; errors bool [n, P];
     uncertainty float32 [n, P, 4]; top_p float16 [n, P, k]; top_class int16 [n, P, k]; embedding float16 [n, P, d].
+    An image without a label has `UNKNOWN_LABEL`, and its errors say nothing.
     """
 
     paths: tuple[Path, ...]

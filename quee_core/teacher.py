@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.errors import ShapeMismatchError
 from quee_core.paths import Path
 from quee_core.tables import Outcomes
@@ -39,7 +40,7 @@ def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray
     The teacher is the product of what `paths` say, each raised to a weight of its own, normalised; the weights are
     fitted to labels. It judges the images of each fold by weights fitted on the other folds. paths: the last one, the
     most accurate, names the classes that are told apart, as many as tables hold; all others share the frequency at
-    which the label is none of them. fold: int [n].
+    which the label is none of them. fold: int [n]. Images without a label are judged as all others are.
     Raises ShapeMismatchError for a path without a table, or folds of other images.
     """
     if fold.shape != (outcomes.images,):
@@ -50,9 +51,9 @@ def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray
     believed, elsewhere = np.empty(evidence.classes.shape), np.empty(outcomes.images)
     for number in np.unique(fold):
         held = fold == number
-        seen = np.ones_like(held) if held.all() else ~held
+        seen = (np.ones_like(held) if held.all() else ~held) & (outcomes.labels != UNKNOWN_LABEL)
         known = seen & (evidence.truth >= 0)
-        share = known.sum() / seen.sum()
+        share = known.sum() / seen.sum() if seen.any() else 1.0
         weights = _fit(evidence.log_p[known], evidence.truth[known])
         believed[held] = share * softmax(np.einsum("npk,p->nk", evidence.log_p[held], weights), axis=1)
         elsewhere[held] = (1 - share) / max(1, classes - named)
@@ -61,6 +62,27 @@ def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray
         same = evidence.classes == outcomes.predicted[:, k, None]
         wrong[:, k] = 1 - np.where(same.any(axis=1), (believed * same).sum(axis=1), elsewhere)
     return np.clip(wrong, 0.0, 1.0)
+
+
+def judged_errors(
+    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], teacher_share: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Errors of every path's answers as labels and the teacher together tell them: image by image, and for means.
+
+    Both float64 [n, P]. The first is the label's error with weight 1 - `teacher_share` and the teacher's probability
+    with the rest, or the teacher's alone where there is no label; in [0, 1]. In the second, what labels say beyond the
+    teacher stands for all images, those without included: a mean over images is as free of the teacher's bias as if
+    all had labels (prediction-powered inference: Angelopoulos et al., Science 382, 2023). Single values may lie outside
+    [0, 1]. Where all images have labels both are the same. paths, fold: see `error_probabilities`, which also says
+    what is raised.
+    """
+    known = outcomes.labels != UNKNOWN_LABEL
+    if not teacher_share and known.all():
+        errors = outcomes.errors.astype(np.float64)
+        return errors, errors
+    believed = error_probabilities(outcomes, paths, fold)
+    surprise = np.where(known[:, None], (1 - teacher_share) * (outcomes.errors - believed), 0.0)
+    return believed + surprise, believed + surprise / max(known.mean(), 1 / len(known))
 
 
 def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int) -> _Evidence:

@@ -3,9 +3,9 @@
     apt-get install dataset-fashion-mnist
     python scripts/bundle_fashion_mnist.py
 
-heldout.parquet holds 1,000 training images a class, which scripts/train_micro_vit.py leaves out; test.parquet the
-official test images. Images are PNG. A sample_id is the image's position in the official training file, or 60,000
-and more for test.
+heldout.parquet holds 1,000 training images a class, which scripts/train_micro_vit.py leaves out; train.parquet 600 of
+those that it trains on; test.parquet the official test images. Images are PNG. A sample_id is the image's position
+in the official training file, or 60,000 and more for test.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fashion_mnist_idx import DEBIAN_FOLDER, OFFICIAL_TRAIN_IMAGES, heldout_indices, read_split
+from fashion_mnist_idx import DEBIAN_FOLDER, OFFICIAL_TRAIN_IMAGES, heldout_indices, read_split, trained_indices
 from PIL import Image
 
 ASSETS = Path(__file__).resolve().parents[1] / "quee_core" / "assets" / "fashion_mnist"
@@ -49,8 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     images, labels = read_split(args.data, "train")
-    kept = heldout_indices(labels)
-    write(args.out / "heldout.parquet", images[kept], labels[kept], kept)
+    for name, kept in (("heldout", heldout_indices(labels)), ("train", trained_indices(labels))):
+        write(args.out / f"{name}.parquet", images[kept], labels[kept], kept)
     images, labels = read_split(args.data, "t10k")
     write(args.out / "test.parquet", images, labels, OFFICIAL_TRAIN_IMAGES + np.arange(len(labels)))
 

@@ -1,4 +1,4 @@
-"""Train the micro ViT for the glyphs, on 100,000 of them that are in no part of the data set.
+"""Train the micro ViT for the glyphs, on 100,000 of them that are in no part of the data set but `train`.
 
     python scripts/train_glyph_vit.py
 

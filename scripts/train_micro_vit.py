@@ -1,4 +1,4 @@
-"""Train the micro ViT that quee ships, on the 50,000 Fashion-MNIST training images that quee does not ship.
+"""Train the micro ViT that quee ships, on the 50,000 Fashion-MNIST training images that are not held out.
 
     apt-get install dataset-fashion-mnist
     python scripts/train_micro_vit.py

@@ -8,7 +8,6 @@ from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
 from quee_core.data.splits import SplitName
-from quee_core.plan import WALKED
 from quee_core.record import StageTiming
 from quee_core.runs import remove_other_folders
 from quee_core.stages import outcomes_of
@@ -19,11 +18,15 @@ from tasks.resolved import network_for, plan_of, store_of
 
 @dataclass(frozen=True)
 class Assembled:
-    """Folders of the outcomes, by split; fingerprints of those that are fitted and chosen on, and of `test`."""
+    """Folders of the outcomes, and their fingerprints, by split."""
 
     folders: dict[SplitName, FilePath]
-    fitted_on: str
-    tested_on: str
+    keys: dict[SplitName, str]
+
+    @property
+    def fitted_on(self) -> str:
+        """Fingerprint of what predictors are fitted and chosen on."""
+        return self.keys["target"] + self.keys["select"]
 
 
 @task(task_run_name="assemble-{sweep.name}", cache_policy=NO_CACHE)
@@ -31,9 +34,10 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, 
     """Read each split's tables into memory-mapped arrays below `folder`; those of other tables are removed."""
     plan, store = plan_of(sweep), store_of(sweep)
     _, exits, calibration = network_for(sweep)
-    folders, keys = {}, {}
-    with stage("assemble tables", len(WALKED), "splits") as work:
-        for split in WALKED:
+    folders: dict[SplitName, FilePath] = {}
+    keys: dict[SplitName, str] = {}
+    with stage("assemble tables", len(plan.walked), "splits") as work:
+        for split in plan.walked:
             outcomes, keys[split] = outcomes_of(plan, store, exits, calibration, split)
             folders[split] = folder.resolve() / f"{split}-{keys[split][:16]}"
             if is_saved(folders[split]):
@@ -43,4 +47,4 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, 
                 work.count(computed=1)
             advance("assemble tables", 1)
         remove_other_folders(folder.resolve(), folders.values())
-    return Assembled(folders, keys["target"] + keys["select"], keys["test"]), work.timing()
+    return Assembled(folders, keys), work.timing()

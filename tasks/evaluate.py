@@ -7,6 +7,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.data.datasets import UNLABELLED
 from quee_core.deployment import export_winner
 from quee_core.evaluation import PricedTree, gate_decisions
 from quee_core.gate_costs import gate_bitops, gate_milliseconds
@@ -33,7 +34,7 @@ def evaluate(
     """The record of a sweep and its router below `folder`; an evaluation of the same outcomes is not repeated."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
     router = router_folder(folder)
-    key = evaluation_key(plan, assembled.fitted_on + assembled.tested_on, device_name(device))
+    key = evaluation_key(plan, "".join(assembled.keys[split] for split in plan.walked), device_name(device))
     with stage("evaluate", 4, "steps") as work:
         record = find_evaluation(store, key, router)
         if record is None:
@@ -50,7 +51,8 @@ def _evaluated(sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], ro
     """Choose the winner on `select`, measure it and every baseline on `test`, export its router."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
     network, exits, calibration = network_for(sweep)
-    target, select, test = (Outcomes.load(assembled.folders[split]) for split in WALKED)
+    outcomes = {split: Outcomes.load(folder) for split, folder in assembled.folders.items()}
+    target, select, test = (outcomes[split] for split in WALKED)
     tables = costs_of(plan, store, network, exits, device)
     priced = PricedTree.of(tables[sweep.cost.unit == "milliseconds"], plan.tree)
     advance("evaluate", 1)
@@ -77,7 +79,9 @@ def _evaluated(sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], ro
     gates = (bitops(winner.policy), milliseconds(winner.point, winner.policy))
     prices = sweep.prices.grid()
     on_select = GateFront(gate_decisions(winner.policy, winner.costs, prices, select), winner.costs)
-    shipped = choose_rules(priced.table, plan.tree, target, select, on_select, prices, sweep.seed)
+    shipped = choose_rules(
+        priced.table, plan.tree, target, select, on_select, prices, sweep.seed, unlabelled=outcomes.get(UNLABELLED)
+    )
     advance("evaluate", 1)
     record = summarise(plan, exits, tables, winner, gates, shipped, priced, (target, select, test), device_name(device))
     export_winner(plan, calibration, exits, winner, priced.table, shipped, record, router)

@@ -79,6 +79,8 @@ def bundled() -> ImageDataset:
     [
         ("heldout", "6a0aa0efe4f774404e84cc44ab53d3e89fe9aaff87a5ed342df929cf3eec83ab",
          "a5c219804a19a4d41379bea6631854ea5c83747b9c8092903dbf387a3b3fed85"),
+        ("train", "b61f32337fcedfba95f18719b7f9a6534f5fd52bc51c202bea7ea6a8981d414a",
+         "99df999b6496e278d97756fb07cf4bf0d4b4579c1d9d90e11f1cb3a9b77b0dce"),
         ("test", "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
          "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9"),
     ],
@@ -86,21 +88,21 @@ def bundled() -> ImageDataset:
 def test_the_bundled_pixels_are_the_published_ones(bundled: ImageDataset, part: str, pixels: str, labels: str) -> None:
     """The hashes are those of the pixels and labels in the published idx files."""
     digest = hashlib.sha256()
-    for position in range(10_000):
+    for position in range(len(bundled.labels(part))):
         digest.update(bundled.image(part, position).tobytes())
     assert digest.hexdigest() == pixels
     assert hashlib.sha256(bundled.labels(part).astype(np.uint8).tobytes()).hexdigest() == labels
 
 
-def test_the_bundled_set_has_a_thousand_images_of_each_class_in_both_parts(bundled: ImageDataset) -> None:
+def test_the_bundled_set_has_as_many_images_of_each_class(bundled: ImageDataset) -> None:
     about = bundled.description
-    assert about.parts == ("heldout", "test")
-    assert (about.test_part, about.trained_on) == ("test", "none")
+    assert about.parts == ("train", "heldout", "test")
+    assert (about.test_part, about.trained_on) == ("test", "train")
     for part in about.parts:
-        assert np.bincount(bundled.labels(part)).tolist() == [1000] * len(about.classes)
+        assert np.bincount(bundled.labels(part)).tolist() == [600 if part == "train" else 1000] * 10
     heldout, test = bundled.sample_ids("heldout"), bundled.sample_ids("test")
     assert (np.diff(heldout) > 0).all()
-    assert heldout.max() < 60_000
+    assert max(heldout.max(), bundled.sample_ids("train").max()) < 60_000
     np.testing.assert_array_equal(test, np.arange(60_000, 70_000))
     assert (bundled.image("test", 0).mode, bundled.image("test", 0).size) == ("L", (28, 28))
 
@@ -120,17 +122,18 @@ def test_glyphs_are_drawn_by_their_ids_alone() -> None:
     assert len(np.unique(together.reshape(30, -1), axis=0)) == 30
 
 
-def test_glyphs_of_the_parts_and_of_training_have_nothing_in_common() -> None:
-    ids = [set(PARTS[part]) for part in PARTS] + [set(TRAINING)]
+def test_glyphs_that_are_not_for_training_have_nothing_in_common_with_those_that_are() -> None:
+    ids = [set(PARTS[part]) for part in ("heldout", "test")] + [set(TRAINING)]
     assert sum(map(len, ids)) == len(set.union(*ids))
+    assert set(PARTS["train"]) < set(TRAINING)
 
 
 def test_glyphs_have_all_classes_evenly_and_are_not_blank() -> None:
     glyphs = load_dataset("glyphs")
-    assert (glyphs.description.test_part, glyphs.description.trained_on) == ("test", "none")
+    assert (glyphs.description.test_part, glyphs.description.trained_on) == ("test", "train")
     for part in glyphs.description.parts:
         counts = np.bincount(glyphs.labels(part), minlength=35)
-        assert counts.min() > 220
+        assert counts.min() > len(glyphs.labels(part)) / 35 * 0.75
         assert len(counts) == len(glyphs.description.classes) == 35
     drawn = draw_glyphs(range(300))
     assert (drawn.reshape(300, -1).std(axis=1) > 3).all()
@@ -157,7 +160,7 @@ def test_licence_and_attribution_lie_beside_the_bundled_images() -> None:
     assert "Zalando SE" in (folder / "LICENSE").read_text()
     assert "permission notice shall be included" in (folder / "LICENSE").read_text()
     assert "Xiao" in (folder / "README.md").read_text()
-    assert sum(file.stat().st_size for file in folder.glob("*.parquet")) < 12e6
+    assert sum(file.stat().st_size for file in folder.glob("*.parquet")) < 14e6
 
 
 def test_the_script_that_bundles_writes_what_the_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +281,77 @@ def test_parts_that_disagree_on_the_classes_are_named(tmp_path: Path) -> None:
         load_dataset("parquet", tmp_path)
 
 
+def test_unlabelled_images_need_neither_labels_nor_class_names(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", columns())
+    unknown = columns(sample_id=pa.array(range(200, 210), pa.int64()), label=None)
+    write_parquet(tmp_path / "unlabelled.parquet", unknown, classes=None)
+    dataset = load_dataset("parquet", tmp_path)
+    assert dataset.description.parts == ("train", "unlabelled")
+    assert dataset.description.test_part is None
+    assert dataset.labels("unlabelled").tolist() == [-1] * 10
+    assert dataset.content("unlabelled", 3) == PICTURES[3]
+    nonsense = columns(sample_id=pa.array(range(200, 210), pa.int64()), label=pa.array([77] * 10))
+    write_parquet(tmp_path / "unlabelled.parquet", nonsense)
+    assert load_dataset("parquet", tmp_path).labels("unlabelled").tolist() == [-1] * 10
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(DataError, match=r"holds no \.parquet file of labelled images"):
+        load_dataset("parquet", tmp_path)
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_a_folder_of_unlabelled_images_lies_beside_the_classes(tmp_path: Path, in_parts: bool) -> None:
+    parts = ("train", "test") if in_parts else (".",)
+    write_folder(tmp_path, {f"{part}/{name}": 3 for part in parts for name in ("cat", "dog")})
+    before = load_dataset("folder", tmp_path).description
+    write_folder(tmp_path, {"unlabelled/camera 1": 4, "unlabelled/camera 2": 2})
+    dataset = load_dataset("folder", tmp_path)
+    assert dataset.description.classes == ("cat", "dog")
+    assert dataset.description.parts == (*before.parts, "unlabelled")
+    assert dataset.description.test_part == before.test_part
+    assert dataset.labels("unlabelled").tolist() == [-1] * 6
+    assert dataset.image("unlabelled", 5).size == (8, 8)
+    assert len({int(i) for part in dataset.description.parts for i in dataset.sample_ids(part)}) == sum(
+        len(dataset.labels(part)) for part in dataset.description.parts
+    )
+
+
+def test_unlabelled_images_change_no_other_images_id(tmp_path: Path) -> None:
+    index = columns(sample_id=None, index=pa.array(range(10), pa.int32()))
+    for part in ("train", "val"):
+        write_parquet(tmp_path / f"{part}.parquet", index)
+    before = load_dataset("parquet", tmp_path)
+    write_parquet(tmp_path / "unlabelled.parquet", {k: v for k, v in index.items() if k != "label"}, classes=None)
+    after = load_dataset("parquet", tmp_path)
+    for part in ("train", "val"):
+        np.testing.assert_array_equal(before.sample_ids(part), after.sample_ids(part))
+    assert len({int(i) for part in after.description.parts for i in after.sample_ids(part)}) == 30
+
+
+def test_a_misspelt_part_of_unlabelled_images_is_not_passed_over(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "tables" / "train.parquet", columns())
+    write_parquet(tmp_path / "tables" / "unlabeled.parquet", columns())
+    with pytest.raises(DataError, match=r"did you mean unlabelled\.parquet"):
+        load_dataset("parquet", tmp_path / "tables")
+    for k, odd in enumerate(("unlabeled", "train/unlabelled", "test/unlabeled")):
+        root = tmp_path / str(k)
+        write_folder(root, {"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 1, odd: 1})
+        with pytest.raises(DataError, match=rf"{odd}: images without labels are looked for in .*unlabelled"):
+            load_dataset("folder", root)
+
+
+def test_an_unlabelled_folder_is_never_passed_over_and_a_bad_image_in_it_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 2, "dog": 2, "unlabelled/.thumbs": 1})
+    (tmp_path / "unlabelled" / "note.txt").write_text("soon")
+    dataset = load_dataset("folder", tmp_path)
+    assert dataset.description.parts == ("all", "unlabelled")
+    assert len(dataset.labels("unlabelled")) == 0  # which `choose_splits` refuses
+    (tmp_path / "unlabelled" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"unlabelled/broken\.png: image cannot be decoded"):
+        load_dataset("folder", tmp_path).image("unlabelled", 0)
+
+
 def test_files_that_are_no_parquet_or_absent_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no \.parquet file; expected PART\.parquet"):
+    with pytest.raises(DataError, match=r"holds no \.parquet file of labelled images; expected PART\.pa"):
         load_dataset("parquet", tmp_path)
     (tmp_path / "test.parquet").write_bytes(b"these are no images")
     with pytest.raises(DataError, match=r"test\.parquet: not a readable Parquet file"):

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from quee_core.data.datasets import DatasetDescription, ImageDataset, TrainedOn, load_dataset
-from quee_core.data.splits import SPLITS, Selection, SplitName, assign_splits, choose_splits, hash_uniform
+from quee_core.data.splits import SPLITS, LabelledSplit, Selection, assign_splits, choose_splits, hash_uniform
 from quee_core.errors import ConfigError, DataError
 from tests.published_files import write_folder
 
-SHARES: dict[SplitName, float] = {"fit": 0.4, "target": 0.45, "select": 0.15, "test": 0.0}
-FOUR_SHARES: dict[SplitName, float] = {"fit": 0.4, "target": 0.2, "select": 0.1, "test": 0.3}
+SHARES: dict[LabelledSplit, float] = {"fit": 0.4, "target": 0.45, "select": 0.15, "test": 0.0}
+FOUR_SHARES: dict[LabelledSplit, float] = {"fit": 0.4, "target": 0.2, "select": 0.1, "test": 0.3}
 ids_of_images = npst.arrays(np.int64, st.integers(1, 200), unique=True, elements=st.integers(0, 2**63 - 1))
 shares_of_splits = st.fixed_dictionaries({name: st.floats(0.01, 1) for name in SPLITS})
 
@@ -102,7 +102,7 @@ def test_seeds_divide_independently() -> None:
 
 
 @pytest.mark.parametrize("shares", [{"fit": 0.0}, {"fit": -0.1, "test": 1.0}, {"fit": float("nan"), "test": 0.5}])
-def test_impossible_shares_are_refused(shares: dict[SplitName, float]) -> None:
+def test_impossible_shares_are_refused(shares: dict[LabelledSplit, float]) -> None:
     with pytest.raises(ConfigError, match="shares"):
         assign_splits(np.arange(4), shares, 0)
 
@@ -206,8 +206,43 @@ def test_the_bundled_splits_are_disjoint_and_of_every_class() -> None:
     splits, cautions = choose_splits(dataset, SHARES, seed=0)
     assert cautions == ()
     ids = {name: set(ids_of(dataset, parts)) for name, parts in splits.items()}
-    assert sum(map(len, ids.values())) == len(set.union(*ids.values())) == 20_000
+    assert sum(map(len, ids.values())) == len(set.union(*ids.values())) == 26_000
     assert ids["test"] == set(range(60_000, 70_000))
+    assert ids["fit"] == set(dataset.sample_ids("train").tolist())  # which the backbone was trained on
     for parts in splits.values():
         labels = np.concatenate([dataset.labels(s.part)[s.positions] for s in parts])
         assert set(labels.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("trained_on", ["none", "train", "unknown"])
+def test_unlabelled_images_are_a_split_of_their_own(trained_on: TrainedOn) -> None:
+    known = {"train": 300, "val": 200, "test": 100}
+    plain, _ = choose_splits(GreySet(known, "test", trained_on), SHARES, seed=3)
+    dataset = GreySet(known | {"unlabelled": 400}, "test", trained_on)
+    for asked, count in ((150, 150), (1000, 400)):
+        splits, _ = choose_splits(dataset, SHARES, seed=3, unlabelled=asked)
+        assert parts_of(splits["unlabelled"]) == {"unlabelled"}
+        assert len(set(ids_of(dataset, splits["unlabelled"]))) == count
+        for name in SPLITS:
+            assert ids_of(dataset, splits[name]) == ids_of(dataset, plain[name])
+    limited, _ = choose_splits(dataset, SHARES, seed=3, limit=60, unlabelled=150)
+    assert len(ids_of(dataset, limited["unlabelled"])) == 60
+
+
+def test_without_unlabelled_images_there_is_no_split_of_them() -> None:
+    known = {"train": 300, "test": 100}
+    for dataset, asked in (
+        (GreySet(known, "test", "none"), 50),
+        (GreySet(known | {"unlabelled": 0}, "test", "none"), 0),
+        (GreySet(known | {"unlabelled": 40}, "test", "none"), 0),
+    ):
+        splits, _ = choose_splits(dataset, SHARES, seed=0, unlabelled=asked)
+        assert tuple(splits) == SPLITS
+    with pytest.raises(DataError, match="part 'unlabelled' holds no image"):
+        choose_splits(GreySet(known | {"unlabelled": 0}, "test", "none"), SHARES, seed=0, unlabelled=50)
+
+
+def test_the_reader_is_told_that_rules_saw_more_than_baselines() -> None:
+    dataset = GreySet({"train": 300, "test": 100, "unlabelled": 40}, "test", "none")
+    _, cautions = choose_splits(dataset, SHARES, seed=0, unlabelled=30)
+    assert [c for c in cautions if "on 30 unlabelled images too" in c]

@@ -9,6 +9,7 @@ import pytest
 from quee_core.baselines import BASELINES, BaselineData
 from quee_core.cascades import Cascade, look_costs
 from quee_core.costs import CostTable, path_costs, relative
+from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.errors import ConfigError, ShapeMismatchError
 from quee_core.evaluation import measure, measured
 from quee_core.fronts import Decisions, hypervolume_per_image, operating_points
@@ -191,3 +192,64 @@ def test_cascades_of_a_large_tree_are_made_of_some_exits() -> None:
     target, select = answers(tree, 200, 1), answers(tree, 100, 2)
     rules = choose_rules(table, tree, target, select, None, PRICES[::5], 0)
     assert len(rules) > 1
+
+
+def without_labels(outcomes: Outcomes) -> Outcomes:
+    """As tables of unlabelled images are: every answer stands as an error."""
+    unknown = np.full(outcomes.images, UNKNOWN_LABEL, np.int16)
+    return replace(outcomes, labels=unknown, errors=np.ones_like(outcomes.errors))
+
+
+def test_unlabelled_images_make_up_for_labels() -> None:
+    """Few labels and many images are worth more than the few alone: more than half of what all labels would be."""
+    test = answers(TREE, 4000, 30)
+    low = float(relative(path_costs(CHEAP_STEM, TREE.paths, evaluated="final"), CHEAP_STEM, TREE).min())
+
+    def volume(rules: tuple[Shipped, ...]) -> float:
+        decisions, costs = rule_decisions(rules, CHEAP_STEM, TREE, test)
+        front = measured(decisions, test, costs)
+        return float(hypervolume_per_image(front.cost, front.correct, low).mean())
+
+    alone, helped, known = [], [], []
+    for seed in range(4):
+        target, select, more = (answers(TREE, n, 100 * seed + k) for k, n in enumerate((90, 30, 1200)))
+        alone.append(volume(chosen(target=target, select=select)))
+        helped.append(volume(chosen(target=target, select=select, unlabelled=without_labels(more))))
+        joined = Outcomes.joined_answers([more, target])
+        known.append(volume(chosen(target=joined, select=Outcomes.joined_answers([select]))))
+    assert np.mean(helped) > np.mean(alone)
+    assert np.mean(helped) - np.mean(alone) > 0.5 * (np.mean(known) - np.mean(alone))
+
+
+def test_gates_have_to_be_better_by_two_standard_errors() -> None:
+    """One path answers as well as any other, but for a few images of `select` that the gates know the right one for."""
+    full, cheapest = TREE.index[TREE.full_path], TREE.index[TREE.paths[0]]
+
+    def alike(outcomes: Outcomes) -> Outcomes:
+        return replace(outcomes, errors=np.repeat(outcomes.errors[:, [cheapest]], len(TREE.paths), axis=1))
+
+    target, select = alike(TARGET), alike(SELECT)
+    price = 0.5  # too dear for another look
+    costs = np.full(len(TREE.paths), float(relative(look_costs(CHEAP_STEM, (TREE.paths[0],)), CHEAP_STEM, TREE)[0]))
+    shipped = {}
+    for known in (2, 3, 6, 12):
+        errors = select.errors.copy()
+        errors[np.flatnonzero(errors[:, full])[:known], full] = False
+        choice = np.full((1, SELECT.images), full, np.int16)
+        gates = GateFront(Decisions("gates", "part", (f"λ = {price}",), (price,), choice), costs)
+        rules = chosen(
+            target=target,
+            select=replace(select, errors=errors),
+            gates=gates,
+            prices=np.array([price]),
+            teacher_share=0.0,
+        )
+        shipped[known] = any(isinstance(entry.rule, GateRule) for entry in rules)
+    assert shipped == {2: False, 3: False, 6: True, 12: True}  # gains of 1.4, 1.7, 2.5 and 3.6 standard errors
+
+
+def test_what_stands_for_errors_of_unlabelled_images_is_not_looked_at() -> None:
+    more = without_labels(answers(TREE, 300, 40))
+    rules = [chosen(unlabelled=replace(more, errors=errors)) for errors in (more.errors, ~more.errors)]
+    assert rules[0] == rules[1]
+    assert [s.rule for s in rules[0]] != [s.rule for s in chosen()]

@@ -141,7 +141,7 @@ def test_values_that_are_no_numbers_name_their_sample(where: str, value: float) 
         feature_table(np.array([7, 8, 9]), np.zeros(3, np.int16), arrays["logits"], arrays["embedding"])
 
 
-@pytest.mark.parametrize("label", [-1, 4, 300])
+@pytest.mark.parametrize("label", [-2, 4, 300])
 def test_a_label_that_is_no_class_names_its_sample(label: int) -> None:
     with pytest.raises(DataError, match=rf"sample_id 8: label {label}, but there are 4 classes"):
         feature_table(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from PIL import Image
 from quee_core.errors import ConfigError, DataError, did_you_mean
 
 TrainedOn = Literal["none", "train", "unknown"]
+UNLABELLED: Final = "unlabelled"  # part, and split, of the images whose class nobody has written down
+MISSPELT = "unlabeled"
+UNKNOWN_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class DatasetDescription:
     """What is known of a data set.
 
     parts: as published. test_part: the official test part, None if there is none. trained_on: whether the backbone
-    was trained on the part that is not test ("train"), on none of the images, or it can't be known.
+    was trained on the part `train`, or without one on all that are not test ("train"), on none of the images, or it
+    can't be known.
     """
 
     name: str
@@ -35,7 +39,7 @@ class DatasetDescription:
 
 
 class ImageDataset(ABC):
-    """Labelled images in parts; images are decoded one at a time, when asked for."""
+    """Images in parts, labelled but for those of `UNLABELLED`; images are decoded one at a time, when asked for."""
 
     description: DatasetDescription
 
@@ -45,7 +49,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def labels(self, part: str) -> NDArray[np.int16]:
-        """Class of each image, int16 [n]."""
+        """Class of each image, int16 [n]; `UNKNOWN_LABEL` for all of the part `UNLABELLED`."""
 
     @abstractmethod
     def image(self, part: str, position: int) -> Image.Image:
@@ -140,19 +144,26 @@ def _torchvision(name: str, expected: str) -> Callable[[Path | None], ImageDatas
 
 _DATASETS = {
     "fashion_mnist": DatasetEntry(
-        "10 kinds of clothing, 28x28 grey: 10,000 training images that the micro ViT never saw, and the test images",
+        "10 kinds of clothing, 28x28 grey: 6,000 images that the micro ViT was trained on, 10,000 that it never saw, "
+        "and the test images",
         False,
         _fashion_mnist,
     ),
     "glyphs": DatasetEntry(
-        "35 letters and digits, 28x28 grey, bent, blurred and crossed out: 20,000 images, drawn when asked for",
+        "35 letters and digits, 28x28 grey, bent, blurred and crossed out: 26,000 images, drawn when asked for",
         False,
         _glyphs,
     ),
     "folder": DatasetEntry(
-        "a folder of images for each class, or such folders under train, val and test", True, _folder
+        "a folder of images for each class, or such folders under train, val and test; others in unlabelled",
+        True,
+        _folder,
     ),
-    "parquet": DatasetEntry("PART.parquet files of encoded images: columns sample_id, label, image", True, _parquet),
+    "parquet": DatasetEntry(
+        "PART.parquet files of encoded images: columns sample_id, label (not in unlabelled.parquet), image",
+        True,
+        _parquet,
+    ),
     "cifar10": DatasetEntry(
         "CIFAR-10 as published (cifar-10-batches-py)", True, _torchvision("cifar10", "cifar-10-batches-py")
     ),

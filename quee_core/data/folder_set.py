@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from quee_core.data.datasets import DatasetDescription, ImageDataset
+from quee_core.data.datasets import MISSPELT, UNKNOWN_LABEL, UNLABELLED, DatasetDescription, ImageDataset
 from quee_core.data.decoding import decode
 from quee_core.errors import DataError
 
@@ -19,6 +19,7 @@ PARTS = ("train", "val", "test")
 class FolderSet(ImageDataset):
     """ROOT/CLASS/*.png, or ROOT/train/CLASS, ROOT/val/CLASS, ROOT/test/CLASS; `test` (else `val`) is the test part.
 
+    ROOT/unlabelled, beside either, holds images of unknown class, in any folders.
     A sample's id is a hash of its path below ROOT, so that adding images moves no other image between splits.
     Names that begin with a dot are passed over, as are files that are no images by their suffix.
     """
@@ -40,7 +41,15 @@ class FolderSet(ImageDataset):
         """Find classes and images. Raises DataError for a class without images, or parts with other classes."""
         parts = [part for part in PARTS if (root / part).is_dir()]
         where = {part: root / part for part in parts} if parts else {"all": root}
+        for folder in (root / MISSPELT, *(root / part / name for part in parts for name in (UNLABELLED, MISSPELT))):
+            if folder.is_dir():
+                raise DataError(
+                    f"data set folder: {folder}: images without labels are looked for in {root / UNLABELLED}; move the "
+                    "folder there, or give the class another name"
+                )
         names = {part: _class_folders(folder) for part, folder in where.items()}
+        if not parts:
+            names["all"] = [name for name in names["all"] if name != UNLABELLED]
         first, classes = next(iter(names.items()))
         for part, found in names.items():
             if odd := sorted(set(found) ^ set(classes)):
@@ -67,7 +76,10 @@ class FolderSet(ImageDataset):
                 files[part] += images
                 labels[part] += [label] * len(images)
         test = next((part for part in ("test", "val") if part in where and len(where) > 1), None)
-        description = DatasetDescription("folder", tuple(classes), tuple(where), test, "unknown", "yours", str(root))
+        if (root / UNLABELLED).is_dir():
+            files[UNLABELLED] = _images(root / UNLABELLED)
+            labels[UNLABELLED] = [UNKNOWN_LABEL] * len(files[UNLABELLED])
+        description = DatasetDescription("folder", tuple(classes), tuple(files), test, "unknown", "yours", str(root))
         return cls(description, files, labels)
 
     def sample_ids(self, part: str) -> NDArray[np.int64]:
@@ -110,5 +122,9 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and not any(name.startswith(".") for name in p.relative_to(folder).parts)
+        and p.is_file()
     )

@@ -10,7 +10,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from quee_core.data.datasets import DatasetDescription, ImageDataset, TrainedOn, check_labels
+from quee_core.data.datasets import (
+    MISSPELT,
+    UNKNOWN_LABEL,
+    UNLABELLED,
+    DatasetDescription,
+    ImageDataset,
+    TrainedOn,
+    check_labels,
+)
 from quee_core.data.decoding import decode
 from quee_core.errors import DataError
 
@@ -24,7 +32,8 @@ class ParquetSet(ImageDataset):
     """Parts as Parquet files of columns `sample_id` (or `index`, from 0 in each part), `label`, `image`.
 
     Ids and labels are held; encoded images are read by row group when asked for, and the last few row groups kept,
-    so that memory does not grow with the files. Class names stand in the schema metadata, under "classes".
+    so that memory does not grow with the files. Class names stand in the schema metadata, under "classes". The part
+    `unlabelled` needs neither labels nor names; what it has of them is not read.
     """
 
     def __init__(self, description: DatasetDescription, files: dict[str, Path]) -> None:
@@ -36,9 +45,13 @@ class ParquetSet(ImageDataset):
         # Replaced whole and never changed in place: threads may share it without a lock.
         self._recent: tuple[tuple[tuple[str, int], pa.ChunkedArray], ...] = ()
         for number, (part, path) in enumerate(files.items()):
-            column, ids, labels, starts = _read_index(path)
+            column, ids, labels, starts = _read_index(path, labelled=part != UNLABELLED)
             self._ids[part] = ids if column == "sample_id" else ids + number * PART_STRIDE
-            self._labels[part] = check_labels(str(path), labels, len(description.classes))
+            self._labels[part] = (
+                labels.astype(np.int16)
+                if part == UNLABELLED
+                else check_labels(str(path), labels, len(description.classes))
+            )
             self._group_starts[part] = starts
         values, counts = np.unique(np.concatenate(list(self._ids.values())), return_counts=True)
         if len(values) != counts.sum():
@@ -53,12 +66,18 @@ class ParquetSet(ImageDataset):
         Raises DataError that names the file for one that is missing, is no Parquet, or lacks a column.
         """
         files = {path.stem: path for path in sorted(folder.glob("*.parquet"))}
-        if not files:
+        if MISSPELT in files:
+            raise DataError(f"data set {name}: {files[MISSPELT]}: did you mean {UNLABELLED}.parquet?")
+        labelled = {part: path for part, path in files.items() if part != UNLABELLED}
+        if not labelled:
             raise DataError(
-                f"data set {name}: {folder} holds no .parquet file; expected PART.parquet, such as test.parquet"
+                f"data set {name}: {folder} holds no .parquet file of labelled images; expected PART.parquet, such as "
+                "test.parquet"
             )
-        classes = _classes(files)
-        test = "test" if "test" in files and len(files) > 1 else None
+        classes = _classes(labelled)
+        test = "test" if "test" in labelled and len(labelled) > 1 else None
+        if UNLABELLED in files:  # last, for ids of the others count the parts before them
+            files = labelled | {UNLABELLED: files[UNLABELLED]}
         return cls(DatasetDescription(name, classes, tuple(files), test, trained_on, "yours", str(folder)), files)
 
     def sample_ids(self, part: str) -> NDArray[np.int64]:
@@ -102,23 +121,26 @@ class ParquetSet(ImageDataset):
 
 
 def bundled_fashion_mnist() -> ParquetSet:
-    """Fashion-MNIST (MIT licence, Zalando SE): 1,000 training images a class that the micro ViT never saw, and test."""
+    """Fashion-MNIST (MIT licence, Zalando SE): of each class 600 images that the micro ViT was trained on, 1,000 training
+    images that it never saw, and the test images.
+    """
     folder = ASSETS / "fashion_mnist"
-    files = {part: folder / f"{part}.parquet" for part in ("heldout", "test")}
+    files = {part: folder / f"{part}.parquet" for part in ("train", "heldout", "test")}
     description = DatasetDescription(
-        "fashion_mnist", _classes(files), ("heldout", "test"), "test", "none", "MIT, Zalando SE", "Fashion-MNIST"
+        "fashion_mnist", _classes(files), tuple(files), "test", "train", "MIT, Zalando SE", "Fashion-MNIST"
     )
     return ParquetSet(description, files)
 
 
-def _read_index(path: Path) -> tuple[str, NDArray[np.int64], NDArray[np.int64], list[int]]:
+def _read_index(path: Path, *, labelled: bool) -> tuple[str, NDArray[np.int64], NDArray[np.int64], list[int]]:
     """Name of the id column, ids and labels int64 [n], and the row at which each row group starts."""
     schema = _schema(path)
     column = next((name for name in ID_COLUMNS if name in schema.names), "sample_id")
-    for wanted in (column, "label", "image"):
+    integer_columns = (column, "label") if labelled else (column,)
+    for wanted in (*integer_columns, "image"):
         if schema.names.count(wanted) != 1:
             raise DataError(f"{path}: want one column {wanted!r}; the file has the columns {schema.names}")
-    for wanted in (column, "label"):
+    for wanted in integer_columns:
         if not pa.types.is_integer(schema.field(wanted).type):
             raise DataError(f"{path}: column {wanted!r} is of type {schema.field(wanted).type}; want integers")
     image = schema.field("image").type
@@ -126,15 +148,16 @@ def _read_index(path: Path) -> tuple[str, NDArray[np.int64], NDArray[np.int64], 
         raise DataError(f"{path}: column 'image' is of type {image}; want binary, the bytes of an image file")
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read(columns=[column, "label"])
+            table = file.read(columns=list(integer_columns))
             counts = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
-    for name in (column, "label"):
+    for name in integer_columns:
         if table[name].null_count:
             row = int(np.flatnonzero(table[name].is_null().to_numpy())[0])
             raise DataError(f"{path}: row {row}: {name} is empty")
-    ids, labels = (table[name].to_numpy().astype(np.int64) for name in (column, "label"))
+    ids = table[column].to_numpy().astype(np.int64)
+    labels = table["label"].to_numpy().astype(np.int64) if labelled else np.full(len(ids), UNKNOWN_LABEL)
     return column, ids, labels, np.cumsum([0, *counts])[:-1].tolist()
 
 

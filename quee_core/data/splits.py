@@ -1,17 +1,18 @@
-"""The four disjoint splits, by a stable hash of sample ids (design, section 6)."""
+"""The four disjoint splits, by a stable hash of sample ids (design, section 6), and the images without labels."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.data.datasets import DatasetDescription, ImageDataset, TrainedOn
+from quee_core.data.datasets import UNLABELLED, DatasetDescription, ImageDataset, TrainedOn
 from quee_core.errors import ConfigError, DataError
 
-SplitName = Literal["fit", "target", "select", "test"]
-SPLITS: tuple[SplitName, ...] = ("fit", "target", "select", "test")
+LabelledSplit = Literal["fit", "target", "select", "test"]
+SplitName = LabelledSplit | Literal["unlabelled"]  # UNLABELLED
+SPLITS: tuple[LabelledSplit, ...] = ("fit", "target", "select", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,9 @@ def hash_uniform(sample_ids: NDArray[np.int64], seed: int) -> NDArray[np.float64
     return (state >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def assign_splits(sample_ids: NDArray[np.int64], fractions: Mapping[SplitName, float], seed: int) -> NDArray[np.int8]:
+def assign_splits(
+    sample_ids: NDArray[np.int64], fractions: Mapping[LabelledSplit, float], seed: int
+) -> NDArray[np.int8]:
     """Position in `SPLITS` of each id, int8 [n]: independent of the other ids and of their order.
 
     fractions: expected share of each split; they are scaled to add up to 1. Raises ConfigError if one is negative or
@@ -50,29 +53,31 @@ def assign_splits(sample_ids: NDArray[np.int64], fractions: Mapping[SplitName, f
 
 def choose_splits(
     dataset: ImageDataset,
-    fractions: Mapping[SplitName, float],
+    fractions: Mapping[LabelledSplit, float],
     *,
     seed: int,
     trained_on: TrainedOn | None = None,
     limit: int | None = None,
+    unlabelled: int = 0,
 ) -> tuple[dict[SplitName, tuple[Selection, ...]], tuple[str, ...]]:
     """Divide a data set's images; returns the splits, and what a reader of the results must be told.
 
     The official test part is `test`. A backbone's confidence on its own training images says nothing about new ones:
     where it was trained on the training part (`trained_on` "train"; the part of that name, else all that are not
     test), that part serves `fit` alone, and the other splits share what is left. Without a test part, `test` comes
-    from the hash too. `limit` keeps the images of each split whose hash is lowest.
+    from the hash too. `limit` keeps the images of each split whose hash is lowest. A part of unlabelled images is a
+    split of its own, of at most `unlabelled` of them; there is none for a set without, or with `unlabelled` 0.
 
-    Raises DataError for a class without images in `fit`, a split that is empty, or a set without an image that the
-    backbone has not seen.
+    Raises DataError for a class without images in `fit`, a split or an unlabelled part that is empty, or a set without
+    an image that the backbone has not seen.
     """
-    about = dataset.description
+    about = replace(dataset.description, parts=tuple(p for p in dataset.description.parts if p != UNLABELLED))
     trained = trained_on or about.trained_on
     plan, cautions = _shares(about, fractions, seen_by_backbone=_seen_parts(about) if trained == "train" else ())
     if trained == "unknown":
         cautions.append(
-            "it is not known which images the backbone was trained on; if target or select hold some of them, "
-            "its confidence there is too high"
+            "it is not known which images the backbone was trained on; if target, select or unlabelled hold some of "
+            "them, its confidence there is too high"
         )
     splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
     for part, shares in plan.items():
@@ -85,6 +90,19 @@ def choose_splits(
         for name, parts in splits.items()
     }
     _check(dataset, chosen)
+    if UNLABELLED in dataset.description.parts and unlabelled:
+        whole = Selection(UNLABELLED, np.arange(len(dataset.sample_ids(UNLABELLED))))
+        if not len(whole.positions):
+            raise DataError(
+                f"data set {about.name}: its part {UNLABELLED!r} holds no image; fill it, remove it, or set "
+                "dataset.unlabelled to 0"
+            )
+        count = unlabelled if limit is None else min(unlabelled, limit)
+        chosen[UNLABELLED] = subsample(dataset, [whole], count, seed + 1)
+        cautions.append(
+            f"QuEE's rules were chosen on {image_count(chosen[UNLABELLED]):,} unlabelled images too; baselines were "
+            "tuned on labelled ones alone"
+        )
     return chosen, tuple(cautions)
 
 
@@ -113,11 +131,11 @@ def _seen_parts(about: DatasetDescription) -> tuple[str, ...]:
 
 
 def _shares(
-    about: DatasetDescription, fractions: Mapping[SplitName, float], *, seen_by_backbone: tuple[str, ...]
-) -> tuple[dict[str, dict[SplitName, float]], list[str]]:
+    about: DatasetDescription, fractions: Mapping[LabelledSplit, float], *, seen_by_backbone: tuple[str, ...]
+) -> tuple[dict[str, dict[LabelledSplit, float]], list[str]]:
     """Share of each split in each part, and what must be told of it."""
     unseen = [part for part in about.parts if part not in seen_by_backbone]
-    own: dict[SplitName, float] = {name: fractions.get(name, 0.0) for name in SPLITS}
+    own: dict[LabelledSplit, float] = {name: fractions.get(name, 0.0) for name in SPLITS}
     if about.test_part is None and own["test"] <= 0:
         raise DataError(
             f"data set {about.name}: it has no official test part, and dataset.test is 0; "
@@ -131,9 +149,9 @@ def _shares(
             f"data set {about.name}: the backbone was trained on all its parts ({', '.join(about.parts)}), and target, "
             "select and test want new images; add a part, such as test, or change dataset.trained_on"
         )
-    plan: dict[str, dict[SplitName, float]] = {part: {"fit": 1.0} for part in seen_by_backbone}
+    plan: dict[str, dict[LabelledSplit, float]] = {part: {"fit": 1.0} for part in seen_by_backbone}
     if unseen == [about.test_part]:
-        shared: dict[SplitName, float] = {"target": own["target"], "select": own["select"]}
+        shared: dict[LabelledSplit, float] = {"target": own["target"], "select": own["select"]}
         plan[unseen[0]] = shared | {"test": own["test"] or own["fit"]}
         return plan, [
             "the backbone was trained on the training part, so target, select and test share the official test part"
