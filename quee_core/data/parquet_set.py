@@ -121,8 +121,8 @@ class ParquetSet(ImageDataset):
 
 
 def bundled_fashion_mnist() -> ParquetSet:
-    """Fashion-MNIST (MIT licence, Zalando SE): of each class 600 images that the micro ViT was trained on, 1,000 training
-    images that it never saw, and the test images.
+    """Fashion-MNIST (MIT licence, Zalando SE): of each class 600 images that the micro ViT was trained on, 1,000
+    training images that it never saw, and the test images.
     """
     folder = ASSETS / "fashion_mnist"
     files = {part: folder / f"{part}.parquet" for part in ("train", "heldout", "test")}
