@@ -47,10 +47,10 @@ class DatasetConfig(Section):
     )
     limit: int | None = Field(None, ge=50, description="At most this many images in each split.")
     unlabelled: int = Field(
-        20_000,
+        0,
         ge=0,
         description="At most this many images of the part `unlabelled`, where the set has one: rules are chosen on "
-        "them too, by what all paths together make of each; 0: none.",
+        "them too, by what all paths together make of each. It helps some models and hurts others (docs/method.md).",
     )
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ def test_a_sweep_chooses_its_rules_on_unlabelled_images_too(tmp_path: Path) -> N
     images = tmp_path / "images"
     images.mkdir()
     write_set(images, {"train": 200, "val": 120, "unlabelled": 90, "test": 80})
-    dataset = {"name": "parquet", "root": str(images), "trained_on": "train", "limit": None}
+    dataset = {"name": "parquet", "root": str(images), "trained_on": "train", "limit": None, "unlabelled": 1000}
     write_sweep(tmp_path, dataset=dataset)
     planned = quee(tmp_path, "plan", "sweep.yaml")
     assert "unlabelled 90" in planned.output
