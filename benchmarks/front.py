@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "choice per price, cross-validated": {"max_looks": 1, "teacher_share": 0.0},
     "choice and teacher": {"max_looks": 1},
     "choice and second looks": {"teacher_share": 0.0},
-    "choice, teacher and second looks": {},
 }
+Timed = tuple[MeasuredFront, float | None]  # and the seconds that it took to fit
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,13 @@ class Run:
             run_outcomes(folder), config.prices.grid(), config.seed, spent,
         )  # fmt: skip
 
-    def chosen(
-        self, target: Outcomes, select: Outcomes, unlabelled: Outcomes | None = None, **settings: Any
-    ) -> tuple[MeasuredFront, float]:
+    @cached_property
+    def all_labelled(self) -> Timed:
+        """The front without gates that is chosen on all of the run's images."""
+        target, select, _ = self.outcomes
+        return self.chosen(target, select)
+
+    def chosen(self, target: Outcomes, select: Outcomes, unlabelled: Outcomes | None = None, **settings: Any) -> Timed:
         """The front without gates that is chosen on these images, measured on `test`, and the seconds that it took."""
         tree, test, started = self.priced.tree, self.outcomes[2], time.perf_counter()
         rules = choose_rules(
@@ -104,7 +109,7 @@ class Run:
         decisions, costs = rule_decisions(rules, self.priced.table, tree, test)
         return measured(decisions, test, costs), spent
 
-    def thresholds(self, tuning: Outcomes) -> tuple[MeasuredFront, float]:
+    def thresholds(self, tuning: Outcomes) -> Timed:
         """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""
         test, started = self.outcomes[2], time.perf_counter()
         data = BaselineData(self.priced.tree, self.priced.final, self.priced.every, tuning, test, self.seed)
@@ -130,35 +135,29 @@ def sweep(config: str, seed: int, folder: Path, data_root: Path | None, heads: M
 
 def levers(runs: Sequence[Run], plain: Run) -> list[Gain]:
     """What the exit heads give to thresholds, and the front's parts to thresholds that are tuned on the same images."""
-    fronts: dict[str, list[MeasuredFront]] = {}
-    seconds: dict[str, list[float | None]] = {}
 
-    def note(name: str, front: MeasuredFront, spent: float | None) -> None:
-        fronts.setdefault(name, []).append(front)
-        seconds.setdefault(name, []).append(spent)
-
-    for run in runs:
+    def parts(run: Run) -> dict[str, Timed]:
         target, select, _ = run.outcomes
-        note("thresholds", *run.thresholds(Outcomes.joined_answers([target, select])))
-        for name, settings in LEVERS.items():
-            note(name, *run.chosen(target, select, **settings))
-        note("gates", run.fronts.fronts["gates"], run.stage_seconds.get("fit the grid"))
-        note("all together, as it ships", run.fronts.fronts["quee"], None)
+        return {
+            "thresholds": run.thresholds(Outcomes.joined_answers([target, select])),
+            **{name: run.chosen(target, select, **settings) for name, settings in LEVERS.items()},
+            "choice, teacher and second looks": run.all_labelled,
+            "gates": (run.fronts.fronts["gates"], run.stage_seconds.get("fit the grid")),
+            "all together, as it ships": (run.fronts.fronts["quee"], None),
+        }
+
     first = runs[0]
-    heads = _gains(
-        first.fronts.dataset,
-        {"plain heads": [plain.fronts.fronts["threshold"]], "exit heads": [first.fronts.fronts["threshold"]]},
-        {"plain heads": [None], "exit heads": [first.stage_seconds.get("train heads")]},
-        max(first.fronts.low, plain.fronts.low),
-    )
-    return [*heads, *_gains(first.fronts.dataset, fronts, seconds, max(run.fronts.low for run in runs))]
+    heads = {
+        "plain heads": (plain.fronts.fronts["threshold"], None),
+        "exit heads": (first.fronts.fronts["threshold"], first.stage_seconds.get("train heads")),
+    }
+    return [*_gains([first, plain], [heads]), *_gains(runs, [parts(run) for run in runs])]
 
 
 def few_labels(runs: Sequence[Run]) -> list[Gain]:
     """Fronts without gates, chosen with labels for a tenth of the images, against thresholds tuned on those."""
-    fronts: dict[str, list[MeasuredFront]] = {}
-    seconds: dict[str, list[float | None]] = {}
-    for run in runs:
+
+    def fronts(run: Run) -> dict[str, Timed]:
         joined = Outcomes.joined_answers(run.outcomes[:2])
         drawn = np.random.default_rng([run.seed, 10]).permutation(joined.images)
         target, select, rest = (
@@ -167,31 +166,30 @@ def few_labels(runs: Sequence[Run]) -> list[Gain]:
         )
         unknown = np.full(rest.images, UNKNOWN_LABEL, np.int16)
         unlabelled = replace(rest, labels=unknown, errors=np.ones_like(rest.errors))
-        for name, (front, spent) in {
+        return {
             "thresholds, a tenth labelled": run.thresholds(Outcomes.joined_answers([target, select])),
             "quee, a tenth labelled": run.chosen(target, select),
             "quee, the others unlabelled": run.chosen(target, select, unlabelled),
-            "quee, all labelled": run.chosen(*run.outcomes[:2]),
-        }.items():
-            fronts.setdefault(name, []).append(front)
-            seconds.setdefault(name, []).append(spent)
-    return _gains(runs[0].fronts.dataset, fronts, seconds, max(run.fronts.low for run in runs))
+            "quee, all labelled": run.all_labelled,
+        }
+
+    return _gains(runs, [fronts(run) for run in runs])
 
 
-def _gains(
-    dataset: str,
-    fronts: Mapping[str, Sequence[MeasuredFront]],
-    seconds: Mapping[str, Sequence[float | None]],
-    low: float,
-) -> list[Gain]:
-    """Of each front over the first, pooled over runs as `quee compare` does."""
-    volumes = np.stack(
-        [np.mean([hypervolume_per_image(f.cost, f.correct, low) for f in found], axis=0) for found in fronts.values()]
+def _gains(runs: Sequence[Run], found: Sequence[Mapping[str, Timed]]) -> list[Gain]:
+    """Of each front over the first, pooled over what was found as `quee compare` does, at costs that all runs reach."""
+    low = max(run.fronts.low for run in runs)
+    names = list(found[0])
+    volumes = np.array(
+        [
+            np.mean([hypervolume_per_image(one[name][0].cost, one[name][0].correct, low) for one in found], axis=0)
+            for name in names
+        ]
     )
     gains = paired_bootstrap(volumes - volumes[0], resamples=2000, seed=0, differences=[True] * len(volumes))
     return [
-        Gain(dataset, name, float(volume.mean()), *row, _mean(seconds[name]))
-        for name, volume, row in zip(fronts, volumes, zip(*gains, strict=True), strict=True)
+        Gain(runs[0].fronts.dataset, name, float(volume.mean()), *row, _mean([one[name][1] for one in found]))
+        for name, volume, row in zip(names, volumes, zip(*gains, strict=True), strict=True)
     ]
 
 

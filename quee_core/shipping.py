@@ -291,7 +291,7 @@ class _Contest:
             thresholds = tune_thresholds(confidence, errors, costs, prices)
         tuned = exits_taken(confidence, thresholds)
         shown = zip(costs[tuned].mean(axis=1).tolist(), _mean_errors(tuned, errors).tolist(), strict=True)
-        loss = _mean_errors(taken, errors) + prices * costs[taken].mean(axis=1)
+        loss = _mean_losses(taken, errors, costs, prices)
         return _Trial(
             contestant,
             {k: trimmed(contestant.looks, contestant.measure, v.tolist()) for k, v in zip(at, thresholds, strict=True)},
@@ -342,14 +342,21 @@ class _Contest:
         """Mean error + λ cost at every price, where it was tuned; float64 [prices]."""
         errors, confidence, costs = self._seen(contestant)
         taken = exits_taken(confidence, tune_thresholds(confidence, errors, costs, self.prices))
-        loss: NDArray[np.float64] = _mean_errors(taken, errors) + self.prices * costs[taken].mean(axis=1)
-        return loss
+        return _mean_losses(taken, errors, costs, self.prices)
 
     def _seen(self, contestant: _Contestant) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
         positions = [self.tree.index[path] for path in contestant.looks]
         confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
         return self.errors[:, positions], confidence, self.costs_of(contestant.looks)
+
+
+def _mean_losses(
+    taken: NDArray[np.integer], errors: NDArray[np.float64], costs: NDArray[np.float64], prices: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean error + λ cost at each price, float64 [prices], where look `taken` [prices, n] answers each image."""
+    loss: NDArray[np.float64] = _mean_errors(taken, errors) + prices * costs[taken].mean(axis=1)
+    return loss
 
 
 def _mean_errors(taken: NDArray[np.integer], errors: NDArray[np.float64]) -> NDArray[np.float64]:
