@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.backbones import app as backbones_app
 from flows.messages import log_to_stderr, reporting_faults
 from quee_core import __version__
-from quee_core.errors import ConfigError, did_you_mean
+from quee_core.errors import ConfigError
 from quee_core.record import SweepRecord
 from quee_core.whole_files import check_room
 
@@ -25,13 +26,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(backbones_app, name="backbones")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
 DataRootOption = Annotated[
     Path | None, typer.Option("--data-root", help="Folder of the data set's files; replaces dataset.root.")
 ]
 CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")
+    str | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")
 ]
 StoreOption = Annotated[
     str | None, typer.Option("--store", help="URL or folder of the store of tables; replaces run.store.")
@@ -210,21 +212,6 @@ def route(
 
 @app.command()
 @reporting_faults
-def backbones(
-    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.", metavar="[PATTERN]")] = "",
-    as_json: JsonOption = False,
-) -> None:
-    """List the backbones that can be swept: quee's own, and timm's vision transformers."""
-    from quee_core.backbones.registry import list_backbones
-
-    names = list_backbones(pattern)
-    if not names:
-        raise ConfigError(f"no backbone matches {pattern!r}; {did_you_mean(pattern, list_backbones())}")
-    typer.echo(json.dumps(names) if as_json else "\n".join(names))
-
-
-@app.command()
-@reporting_faults
 def datasets(as_json: JsonOption = False) -> None:
     """List the data sets that can be swept, and which of them need files of yours."""
     from quee_core.data.datasets import DATASETS
@@ -287,7 +274,7 @@ def main() -> None:
 def _configured(
     config: Path,
     data_root: Path | None,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     store: str | None,
     device: str | None,
     limit: int | None,

@@ -12,7 +12,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows.display import SweepDisplay
-from flows.prefect_server import OwnServer
+from flows.prefect_server import OwnServer, check_server, named_server
+from flows.run_page import RunPage, show_front
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
@@ -23,11 +24,11 @@ from quee_core.whole_files import check_room
 from tasks.assemble import Assembled, assemble_outcomes
 from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate, write_report
-from tasks.extract import STAGE, extract
+from tasks.extract import CELLS, STAGE, extract
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
 from tasks.resolved import device_of, plan_of, store_of
-from tasks.track import track
+from tasks.track import run_address, track
 
 BRANCHES_AT_A_TIME = 1  # they share the process's network, and so its device
 STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
@@ -42,16 +43,23 @@ RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its f
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
     """Fill the store with what it lacks, fit the grid, evaluate, report, track; returns the report's path."""
-    folder = sweep.run.runs / sweep.name
+    with on_the_run_page():
+        return str(swept(sweep, sweep.run.runs / sweep.name))
+
+
+def swept(sweep: SweepConfig, folder: Path) -> Path:
+    """The stages of a sweep; returns the report's path."""
     store_of(sweep).sweep_orphans()  # what killed writers left
     timings = [calibrate(sweep), train_heads(sweep)]
     assembled, filled = fill_tables(sweep, folder / "outcomes")
     fits, fitted = predict_grid(sweep, assembled)
     record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
-    track(sweep, record, folder, report)
+    tracked, _ = track(sweep, record, folder, report)
+    if named_server() is not None:
+        show_front(record, report, run_address(sweep, tracked))
     get_run_logger().info("report: %s", report)
-    return str(report)
+    return report
 
 
 def fill_tables(sweep: SweepConfig, folder: Path) -> tuple[Assembled, list[StageTiming]]:
@@ -78,13 +86,15 @@ def extract_all(sweep: SweepConfig) -> StageTiming:
     plan = plan_of(sweep)
     branches = branches_of(plan)
     images = sum(image_count(plan.shards(split)[shard]) for split, shard, _ in branches)
-    with stage(STAGE, images, "images") as work:
+    cells = len(plan.tree.paths) * sum(len(plan.shards(split)) for split in plan.walked)
+    with stage(STAGE, images, "images") as work, stage(CELLS, cells, "cells") as tables:
         splits, shards, widths = zip(*branches, strict=True)
         futures = extract.map(unmapped(sweep), list(splits), list(shards), list(widths))
         wait(futures)
         for future in futures:
             done = future.result()
             work.count(computed=done.computed, reused=done.reused)
+            tables.count(computed=done.computed, reused=done.reused)
         work.count(images=images if work.computed else 0)
     return work.timing()
 
@@ -98,10 +108,23 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     device_of(sweep)
     store_of(sweep).check_room(STORE_ROOM)
     check_room(sweep.run.runs, RUNS_ROOM)
-    OwnServer()
+    if named_server() is None:
+        OwnServer()
+    else:
+        check_server()
     with SweepDisplay(console) as display, listening(display), prefect_faults():
         report = Path(full_sweep(sweep))
     return read_record(report.with_name("record.json")), report
+
+
+@contextmanager
+def on_the_run_page() -> Iterator[None]:
+    """Show the progress on Prefect's page of the run, where a server stays to show it."""
+    if named_server() is None:
+        yield
+        return
+    with listening(RunPage()):
+        yield
 
 
 @contextmanager

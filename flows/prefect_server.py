@@ -1,9 +1,9 @@
-"""Prefect's temporary server, as a process that no signal to the sweep reaches, and that does not outlive it.
+"""Prefect's server: one that stays, seen to answer; or a temporary one.
 
-Prefect starts it where no PREFECT_API_URL is set. As a plain child it would get the Ctrl-C that is meant for the
-sweep, which then waits minutes for it to take note of the interruption; and it would stay for good if the sweep is
-killed. `python -m flows.prefect_server` is that child: uvicorn in a session of its own, ended by the kernel with its
-parent.
+The temporary one is a process that no signal to the sweep reaches, and that does not outlive it. Prefect starts it
+where no PREFECT_API_URL is set. As a plain child it would get the Ctrl-C that is meant for the sweep, which then waits
+minutes for it to take note of the interruption; and it would stay for good if the sweep is killed.
+`python -m flows.prefect_server` is that child: uvicorn in a session of its own, ended by the kernel with its parent.
 """
 
 import ctypes
@@ -14,15 +14,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import prefect
 import uvicorn
+from prefect.client.orchestration import get_client
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
 from quee_core.errors import ServerError
+from quee_core.redaction import without_credentials
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _EPHEMERAL = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+
+
+def named_server() -> str | None:
+    """Address of the server that PREFECT_API_URL, or Prefect's profile, names; None for a temporary one."""
+    return get_current_settings().api.url or None
+
+
+def check_server() -> str:
+    """The named server's address. Raises ServerError if none is named, or it does not answer, or is another version."""
+    url = named_server()
+    if url is None:
+        raise ServerError(
+            "no Prefect server is named: set PREFECT_API_URL, such as http://127.0.0.1:4200/api (`make ui` starts one)"
+        )
+    place = without_credentials(url)
+    try:
+        with get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch()
+    except (RuntimeError, httpx.HTTPError, ValueError) as error:
+        why = str(error).splitlines()[0] if "incompatible" in str(error) else "it does not answer as one"
+        raise ServerError(
+            f"Prefect server at {place}: {why}; "
+            f"start it, or set PREFECT_API_URL to one of Prefect {prefect.__version__}"
+        ) from error
+    return place
 
 
 class OwnServer(SubprocessASGIServer):

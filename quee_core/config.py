@@ -72,10 +72,10 @@ class BackboneConfig(Section):
     """A frozen pretrained classifier, and where it is cut."""
 
     name: str = Field("micro_vit_fashion_mnist", description="A name that `quee backbones` lists.")
-    checkpoint: FilePath | None = Field(
+    checkpoint: str | None = Field(
         None,
-        description="Weights: safetensors, or a pickle of plain tensors. A relative path counts from the working "
-        "folder, and if it is not there from dataset.root.",
+        description="Weights: safetensors, or a pickle of plain tensors; a path, or an s3:// address. A relative path "
+        "counts from the working folder, and if it is not there from dataset.root.",
     )
     pretrained: bool = Field(False, description="Download timm's own weights (needs a network).")
     num_classes: int | None = Field(None, ge=2, description="Classes of the checkpoint's head, if not the model's own.")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quee_core.backbones.fetched import fetch_checkpoint, is_remote
 from quee_core.backbones.registry import LoadedBackbone, load_backbone
 from quee_core.config import SweepConfig
 from quee_core.costs import edge_bits
@@ -258,9 +259,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def _checkpoint_of(config: SweepConfig) -> FilePath | None:
-    """The weights file: a relative path counts from the working folder, and if it is not there from `dataset.root`."""
-    given, root = config.backbone.checkpoint, config.dataset.root
-    if given is None or root is None or given.is_absolute() or given.exists():
+    """The weights file: a relative path counts from the working folder, and if it is not there from `dataset.root`.
+
+    What lies elsewhere is copied below `run.runs`, once.
+    """
+    if config.backbone.checkpoint is None:
+        return None
+    if is_remote(config.backbone.checkpoint):
+        return fetch_checkpoint(config.backbone.checkpoint, config.run.runs / "checkpoints")
+    given, root = FilePath(config.backbone.checkpoint), config.dataset.root
+    if root is None or given.is_absolute() or given.exists():
         return given
     below = root / given
     return below if below.exists() else given

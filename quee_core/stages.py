@@ -6,6 +6,7 @@ where the last one ended.
 
 import functools
 import json
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -30,6 +31,8 @@ from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calib
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
 from quee_core.whole_files import disk_faults
+
+logger = logging.getLogger(__name__)
 
 _GRID_CODE = (
     "quee_core.grid", "quee_core.clusters", "quee_core.targets", "quee_core.fixed_point", "quee_core.predictors.base",
@@ -181,6 +184,7 @@ def extract_branch(
         with closing(plan.batches(images)) as batches:
             for path, table in walk(network, batches, wanted, images=image_count(images), on_images=on_images):
                 store.put_table(cells[path], table, provenance | {"path": str(path)})
+                logger.info("%s: %d rows published", cells[path].location, table.num_rows)
     return Work(len(wanted), len(cells) - len(wanted))
 
 

@@ -11,6 +11,7 @@ from tasks.progress import advance
 from tasks.resolved import network_for, plan_of, store_of
 
 STAGE = "extract"
+CELLS = "cells"
 
 
 def is_transient(_task: object, _run: object, state: object) -> bool:
@@ -35,4 +36,5 @@ def extract(sweep: SweepConfig, split: SplitName, shard: int, first_bits: int) -
     work = extract_branch(plan, store, network, cells, split, shard, on_images=lambda images: advance(STAGE, images))
     if not work.computed:
         advance(STAGE, image_count(plan.shards(split)[shard]))
+    advance(CELLS, len(cells))
     return work

@@ -1,4 +1,4 @@
-"""How far a sweep has come: tasks tell the listener of their context, and whoever started the flow chose it."""
+"""How far a sweep has come: tasks tell the log and the listeners of their context, which those around it chose."""
 
 import logging
 import time
@@ -27,45 +27,30 @@ class Listener(Protocol):
         """The stage is over; `whole` if it was neither failed nor stopped."""
 
 
-class LogListener:
-    """Logs a line at each stage's beginning and end: what runs without a terminal hear."""
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        """Log the start."""
-        logger.info("%s: %d %s", stage, total, unit)
-
-    def advance(self, stage: str, steps: int) -> None:
-        """Steps are not logged: there are thousands."""
-
-    def end(self, stage: str, note: str, *, whole: bool) -> None:  # noqa: ARG002 (the note says it)
-        """Log the end."""
-        logger.info("%s: %s", stage, note)
-
-
 class Stopped(BaseException):
     """The sweep was interrupted, so a thread that still works for it ends; no fault that a retry could mend."""
 
 
-_listener: ContextVar[Listener] = ContextVar("quee_progress_listener")
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("quee_progress_listeners", default=())
 _interrupted = Event()
-_DEFAULT = LogListener()
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Send the progress of everything that runs inside, in this context's threads too, to `listener`."""
-    token = _listener.set(listener)
+    """Send the progress of everything that runs inside, in this context's threads too, to `listener` as well."""
+    token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listeners.reset(token)
 
 
 def advance(stage: str, steps: int) -> None:
-    """Tell the listener that `steps` more of `stage` are done. Raises Stopped once the sweep is interrupted."""
+    """Tell the listeners that `steps` more of `stage` are done. Raises Stopped once the sweep is interrupted."""
     if _interrupted.is_set():
         raise Stopped
-    _listener.get(_DEFAULT).advance(stage, steps)
+    for listener in _listeners.get():
+        listener.advance(stage, steps)
 
 
 @dataclass
@@ -106,8 +91,10 @@ def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time
     walk through the images to the end of their shard.
     """
     _interrupted.clear()
-    listener = _listener.get(_DEFAULT)
-    listener.begin(name, total, unit)
+    listeners = _listeners.get()
+    logger.info("%s: %d %s", name, total, unit)
+    for listener in listeners:
+        listener.begin(name, total, unit)
     work = StageClock(name, unit, clock())
     note, whole = "failed", False
     try:
@@ -120,4 +107,7 @@ def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time
         raise
     finally:
         work.seconds = clock() - work.started
-        listener.end(name, f"{note}, {work.seconds:.1f} s", whole=whole)
+        note = f"{note}, {work.seconds:.1f} s"
+        logger.info("%s: %s", name, note)
+        for listener in listeners:
+            listener.end(name, note, whole=whole)

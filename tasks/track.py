@@ -17,6 +17,7 @@ from quee_core.config import SweepConfig
 from quee_core.errors import ServerError
 from quee_core.fingerprints import fingerprint
 from quee_core.record import GridRow, StageTiming, SweepRecord
+from quee_core.redaction import without_credentials
 from quee_core.report.figures import all_figures
 from tasks.progress import advance, stage
 
@@ -59,6 +60,15 @@ def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
     root = sweep.run.runs.resolve()
     root.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri()
+
+
+def run_address(sweep: SweepConfig, run: str) -> str | None:
+    """Where a browser finds a tracked run; None where no server tracks."""
+    uri, _ = tracking_of(sweep)
+    if not uri.startswith(("http://", "https://")):
+        return None
+    experiment = MlflowClient(tracking_uri=uri).get_run(run).info.experiment_id
+    return f"{without_credentials(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
 
 
 @contextmanager

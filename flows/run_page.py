@@ -1,0 +1,102 @@
+"""What Prefect's page of a run shows beside its tasks: how far each stage is, and the front at the end."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from quee_core.record import SweepRecord
+
+INTERVAL = 2.0  # seconds; each update is an event that the server stores
+LEAST_STEP = 1.0  # percent
+
+
+@dataclass
+class _Bar:
+    artifact: UUID
+    total: int
+    unit: str
+    begun: float
+    done: int = 0
+    shown: float = 0.0  # percent
+    told: float = field(default_factory=time.monotonic)
+
+    def describe(self) -> str:
+        """How many steps of all, and how many a second."""
+        passed = time.monotonic() - self.begun
+        rate = f", {self.done / passed:,.0f} {self.unit}/s" if passed > 0 and self.done else ""
+        return f"{self.done:,} of {self.total:,} {self.unit}{rate}"
+
+
+class RunPage:
+    """A listener for `tasks.progress.listening` that keeps one progress artifact for each stage of the flow's run."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, _Bar] = {}
+        self._lock = Lock()
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """Add the stage's bar."""
+        artifact = create_progress_artifact(progress=0.0, key=artifact_key(stage), description=f"{stage}: begun")
+        assert isinstance(artifact, UUID)
+        with self._lock:
+            self._bars[stage] = _Bar(artifact, total, unit, time.monotonic())
+
+    def advance(self, stage: str, steps: int) -> None:
+        """Move it, where enough has passed since the last time."""
+        with self._lock:
+            bar = self._bars.get(stage)
+            if bar is None:
+                return
+            bar.done += steps
+            percent, now = min(100.0, 100 * bar.done / max(bar.total, 1)), time.monotonic()
+            if percent - bar.shown < LEAST_STEP or now - bar.told < INTERVAL:
+                return
+            bar.shown, bar.told = percent, now
+        update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}")
+
+    def end(self, stage: str, note: str, *, whole: bool) -> None:
+        """Say how the stage ended, and fill its bar if it is `whole`."""
+        bar = self._bars.pop(stage)
+        percent = 100.0 if whole else min(100.0, 100 * bar.done / max(bar.total, 1))
+        update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
+
+
+def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
+    """Add the front at each budget as a table, and links to the report and to MLflow's run where they have addresses.
+
+    tracked: address of MLflow's run, None where it is not tracked by a server.
+    """
+    create_table_artifact(
+        key=artifact_key(f"{record.name}-front"),
+        description=f"{record.backbone} on {record.dataset}, n = {record.splits['test']} test images; "
+        f"budgets in {record.cost_unit} relative to the full path at {max(record.bits)} bits",
+        table=[
+            {
+                "budget": f"{row.budget:.3f}",
+                "accuracy %": f"{100 * row.accuracy:.2f}",
+                "95 %": f"[{100 * row.low:.2f}, {100 * row.high:.2f}]",
+                "best baseline %": f"{100 * row.baseline_accuracy:.2f} ({row.baseline})",
+                "difference": f"{100 * row.difference:+.2f}",
+                "its 95 %": f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]",
+            }
+            for row in record.budgets
+        ],
+    )
+    create_link_artifact(key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report")
+    if tracked is not None:
+        create_link_artifact(key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow")
+
+
+def artifact_key(text: str) -> str:
+    """`text` in what Prefect allows in a key: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,1 @@
+"""What runs around quee: deployment, servers on loopback."""
