@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONFIG ?= configs/quick.yaml
 
-.PHONY: help install sweep plan test check bench bench-front lock browser clean
+.PHONY: help install sweep plan deploy ui test check bench bench-front lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -26,6 +26,12 @@ sweep: $(INSTALLED) ## Run the sweep of CONFIG (configs/quick.yaml), then say wh
 
 plan: $(INSTALLED) ## Say what the sweep of CONFIG would compute
 	$(BIN)/quee plan $(CONFIG)
+
+deploy: $(INSTALLED) ## Put the deployments on the Prefect server that PREFECT_API_URL names; ARGS="--pool NAME --gpus N"
+	$(BIN)/python -m infra.deploy $(ARGS)
+
+ui: $(INSTALLED) ## Start Prefect and MLflow on loopback, with the sweeps that there are; ARGS="--runs FOLDER ..."
+	$(BIN)/python -m infra.ui $(ARGS)
 
 check: $(INSTALLED) ## Linter, formatter and type checker
 	$(BIN)/ruff check .

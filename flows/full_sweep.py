@@ -1,5 +1,6 @@
 """The flow `quee`, deployed as `quee/full-sweep`: one sweep from images to front."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from tasks.track import run_address, track
 
 BRANCHES_AT_A_TIME = 1  # they share the process's network, and so its device
 STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
+LOGGED = ("quee_core", "quee")  # whose lines Prefect keeps: PREFECT_LOGGING_EXTRA_LOGGERS names them too
 RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its figures
 
 
@@ -119,10 +121,12 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
 
 @contextmanager
 def on_the_run_page() -> Iterator[None]:
-    """Show the progress on Prefect's page of the run, where a server stays to show it."""
+    """Show progress and log lines on Prefect's page of the run, where a server stays to show it."""
     if named_server() is None:
         yield
         return
+    for name in LOGGED:
+        logging.getLogger(name).setLevel(logging.INFO)
     with listening(RunPage()):
         yield
 

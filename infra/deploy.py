@@ -8,28 +8,32 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
 from flows.prefect_server import check_server
+from quee_core.config import SweepConfig, load_config, parse_config
 from quee_core.errors import ConfigError, QueeError
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_LIMIT = "tag:gpu"  # Prefect's name for the limit of tasks that carry the tag
+DEPLOYMENTS = ("quee/full-sweep", "quee-new-backbones/watch")
+DEFAULT_SWEEP = ROOT / "configs" / "quick.yaml"  # that of prefect.yaml
 SILENT_RUNS = "quee: end silent runs"
 SILENCE = timedelta(seconds=75)  # above two heartbeats of 30 s, which prefect.yaml sets
 
 
-def deploy(pool: str, gpus: int) -> None:
-    """Bring the server up to date.
+def deploy(pool: str, gpus: int, sweep: SweepConfig | None) -> None:
+    """Bring the server up to date; runs start with `sweep` unless they are told otherwise.
 
     Raises ServerError if it does not answer, ConfigError if the pool is of another type or Prefect does not deploy.
     """
@@ -45,10 +49,24 @@ def deploy(pool: str, gpus: int) -> None:
     )  # fmt: skip
     if done.returncode:
         raise ConfigError(f"prefect deploy ended with {done.returncode}; what it said stands above")
+    if sweep is not None:
+        with get_client(sync_client=True) as client:
+            for name in DEPLOYMENTS:
+                there = client.read_deployment_by_name(name)
+                parameters = {**there.parameters, "sweep": sweep.model_dump(mode="json", exclude_unset=True)}
+                client.update_deployment(there.id, DeploymentUpdate(parameters=parameters))
     print(
         "next:  .venv/bin/prefect worker start --pool " + pool + "\n"
         "       .venv/bin/prefect deployment run quee/full-sweep --watch"
     )
+
+
+def sweep_with(config: Path | None, places: Mapping[str, str]) -> SweepConfig | None:
+    """The sweep in `config` with other places in its section `run`; None if neither is given."""
+    if config is None and not places:
+        return None
+    raw = load_config(config or DEFAULT_SWEEP).model_dump(mode="json", exclude_unset=True)
+    return parse_config({**raw, "run": {**raw.get("run", {}), **places}}, source=str(config or DEFAULT_SWEEP))
 
 
 def make_pool(client: SyncPrefectClient, name: str) -> None:
@@ -89,17 +107,32 @@ def end_silent_runs(client: SyncPrefectClient) -> None:
         client.create_automation(wanted)
 
 
-def main() -> None:
-    """Deploy as the command line asks."""
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", default="quee", help="work pool that runs are sent to (%(default)s)")
     parser.add_argument(
         "--gpus", type=int, default=max(1, torch.cuda.device_count()),
         help="tasks on accelerators at a time, over all workers (%(default)s: those of this machine)",
     )  # fmt: skip
-    asked = parser.parse_args()
+    parser.add_argument("--config", type=Path, help="sweep that runs start with, instead of configs/quick.yaml")
+    parser.add_argument("--store", help="its store, such as s3://bucket/prefix")
+    parser.add_argument("--mlflow", help="address of the MLflow server that it is tracked by")
+    parser.add_argument("--dask", help="address of the Dask scheduler that fits its grid")
+    return parser.parse_args()
+
+
+def places_of(asked: argparse.Namespace) -> dict[str, str]:
+    """Settings of a sweep's section `run` that the command line gives."""
+    given = {"store": asked.store, "mlflow_uri": asked.mlflow, "dask": asked.dask}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def main() -> None:
+    """Deploy as the command line asks."""
+    asked = arguments()
     try:
-        deploy(asked.pool, asked.gpus)
+        deploy(asked.pool, asked.gpus, sweep_with(asked.config, places_of(asked)))
     except QueeError as error:
         sys.exit(f"error: {error}")
 

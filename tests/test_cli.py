@@ -112,7 +112,7 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
 
 def test_lists_and_version(tmp_path: Path) -> None:
     assert run("--version", folder=tmp_path).stdout.startswith("quee ")
-    assert "micro_vit_fashion_mnist" in run("backbones", folder=tmp_path).stdout
+    assert "micro_vit_fashion_mnist" in run("backbones", "list", folder=tmp_path).stdout
     assert {"fashion_mnist", "folder"} <= {
         row["name"] for row in json.loads(run("datasets", "--json", folder=tmp_path).stdout)
     }
@@ -190,4 +190,4 @@ def test_a_class_count_that_does_not_fit_the_head_is_told(tmp_path: Path) -> Non
 
 
 def test_a_pattern_that_no_backbone_matches_is_told(tmp_path: Path) -> None:
-    assert "no backbone matches 'vit_tinny'" in refused(tmp_path, "backbones", "vit_tinny")
+    assert "no backbone matches 'vit_tinny'" in refused(tmp_path, "backbones", "list", "vit_tinny")

@@ -1,0 +1,124 @@
+"""A real Prefect server on loopback, and a worker of its pool: started by a test, ended by their own pids."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+DEADLINE = 300.0  # seconds; only what is stuck takes as long, on a busy machine too
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(what: str, ask: Callable[[], Any]) -> Any:
+    """The first answer of `ask` that is not None or False; fails, naming `what`, once the deadline has passed."""
+    deadline = time.monotonic() + DEADLINE
+    while not (answer := ask()):
+        assert time.monotonic() < deadline, f"waited {DEADLINE:.0f} s for {what}"
+        time.sleep(0.3)
+    return answer
+
+
+@contextmanager
+def running(command: list[object], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a session of its own and the usual signals; at the end it and what it started are killed."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [str(part) for part in command], env=dict(environment), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # whoever starts the tests in the background ignores SIGINT, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # it has ended, and so has all that it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class PrefectServer:
+    """Its address, the surroundings of whoever talks to it, and its REST interface."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{port}/api"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUEE_"))},
+            "PREFECT_API_URL": self.url,
+            "PREFECT_HOME": str(folder / "client"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "DO_NOT_TRACK": "true",
+            "NO_COLOR": "1",
+        }
+
+    def ask(self, place: str, body: object = None) -> Any:
+        """Answer of a GET, or a POST of `body`."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + place, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def runs(self, flow: str) -> list[dict[str, Any]]:
+        """Runs of a flow, oldest first."""
+        found: list[dict[str, Any]] = self.ask(
+            "/flow_runs/filter", {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_ASC"}
+        )
+        return found
+
+    def do(self, *command: object) -> subprocess.CompletedProcess[str]:
+        """A command of the environment's bin folder, in the repository's root, against this server."""
+        return subprocess.run(
+            [BIN / str(command[0]), *map(str, command[1:])], cwd=ROOT, env=self.environment, text=True, check=False,
+            capture_output=True, timeout=DEADLINE,
+        )  # fmt: skip
+
+    @contextmanager
+    def worker(self, pool: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker of `pool`."""
+        with running(
+            [BIN / "prefect", "worker", "start", "--pool", pool], self.folder / "worker.log", self.environment
+        ) as process:
+            yield process
+
+
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[PrefectServer]:
+    """A server that answers, its database below `folder`."""
+    port = free_port()
+    server = PrefectServer(folder, port)
+    settings = server.environment | {
+        "PREFECT_HOME": str(folder / "server"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_ENABLED": "false",
+    }
+    settings.pop("PREFECT_API_URL")
+    command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    with running(command, folder / "server.log", settings) as process:
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "server.log").read_text()
+            try:
+                return bool(server.ask("/health"))
+            except (urllib.error.URLError, ConnectionError):
+                return False
+
+        until("Prefect's server", answers)
+        yield server
