@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from prefect import flow, get_run_logger, unmapped
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
@@ -31,7 +32,7 @@ from tasks.progress import listening, stage
 from tasks.resolved import device_of, plan_of, store_of
 from tasks.track import run_address, track
 
-BRANCHES_AT_A_TIME = 1  # they share the process's network, and so its device
+BRANCHES_AT_A_TIME = max(1, torch.cuda.device_count())  # each has a device of the process to itself
 STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
 LOGGED = ("quee_core", "quee")  # whose lines Prefect keeps: PREFECT_LOGGING_EXTRA_LOGGERS names them too
 RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its figures

@@ -244,7 +244,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" takes CUDA where there is one. Raises DeviceError for one that is not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -256,6 +256,17 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r}: not supported; want auto, cpu, cuda or cuda:N")
     return device
+
+
+def choose_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that branches are spread over: all of CUDA's for "auto" where there are any, or the one named.
+
+    The first is what `choose_device` gives. Raises DeviceError for one that is not here.
+    """
+    first = choose_device(name)
+    if name != "auto" or first.type != "cuda":
+        return (first,)
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
 
 
 def _checkpoint_of(config: SweepConfig) -> FilePath | None:

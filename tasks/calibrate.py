@@ -11,7 +11,7 @@ from tasks.progress import advance, stage
 from tasks.resolved import device_of, plan_of, store_of
 
 
-@task(task_run_name="calibrate-{sweep.backbone.name}", cache_policy=NO_CACHE)
+@task(task_run_name="calibrate-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"])
 def calibrate(sweep: SweepConfig) -> StageTiming:
     """Put the backbone's calibration into the store, unless it is there."""
     plan = plan_of(sweep)
@@ -21,7 +21,7 @@ def calibrate(sweep: SweepConfig) -> StageTiming:
     return work.timing()
 
 
-@task(task_run_name="train-heads-{sweep.backbone.name}", cache_policy=NO_CACHE)
+@task(task_run_name="train-heads-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"])
 def train_heads(sweep: SweepConfig) -> StageTiming:
     """Put exit heads and embeddings, fitted on `fit`, into the store, unless they are there."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)

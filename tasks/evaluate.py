@@ -27,7 +27,7 @@ from tasks.progress import advance, stage
 from tasks.resolved import device_of, network_for, plan_of, store_of
 
 
-@task(task_run_name="evaluate-{sweep.name}", cache_policy=NO_CACHE)
+@task(task_run_name="evaluate-{sweep.name}", cache_policy=NO_CACHE, tags=["gpu"])
 def evaluate(
     sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], timings: list[StageTiming], folder: FilePath
 ) -> SweepRecord:

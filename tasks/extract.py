@@ -7,6 +7,7 @@ from quee_core.config import SweepConfig
 from quee_core.data.splits import SplitName, image_count
 from quee_core.errors import QueeError
 from quee_core.stages import Work, cells_of, extract_branch
+from tasks.devices import network_to_oneself
 from tasks.progress import advance
 from tasks.resolved import network_for, plan_of, store_of
 
@@ -31,9 +32,12 @@ def is_transient(_task: object, _run: object, state: object) -> bool:
 def extract(sweep: SweepConfig, split: SplitName, shard: int, first_bits: int) -> Work:
     """Publish the tables of a branch that the store lacks; a crash loses no finished one."""
     plan, store = plan_of(sweep), store_of(sweep)
-    network, exits, calibration = network_for(sweep)
+    _, exits, calibration = network_for(sweep)
     cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(first_bits))
-    work = extract_branch(plan, store, network, cells, split, shard, on_images=lambda images: advance(STAGE, images))
+    with network_to_oneself(sweep) as network:
+        work = extract_branch(
+            plan, store, network, cells, split, shard, on_images=lambda images: advance(STAGE, images)
+        )
     if not work.computed:
         advance(STAGE, image_count(plan.shards(split)[shard]))
     advance(CELLS, len(cells))
