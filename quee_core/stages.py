@@ -18,7 +18,7 @@ import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, measured_table
 from quee_core.data.splits import SplitName, image_count
-from quee_core.errors import DamagedTableError
+from quee_core.errors import AbsentTableError, DamagedTableError, StoreError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
@@ -172,8 +172,11 @@ def extract_branch(
     *,
     on_images: OnImages = ignore_progress,
 ) -> Work:
-    """Publish the tables of `cells` that the store lacks, by one walk over the shard's images."""
-    lacking = set(store.missing(list(cells.values())))
+    """Publish the tables of `cells` that the store lacks, by one walk over the shard's images; seal the branch."""
+    members = list(cells.values())
+    if store.sealed(members):
+        return Work(0, len(cells))
+    lacking = set(store.missing(members))
     wanted = [path for path, cell in cells.items() if cell in lacking]
     if wanted:
         images = plan.shards(split)[shard]
@@ -181,6 +184,7 @@ def extract_branch(
         with closing(plan.batches(images)) as batches:
             for path, table in walk(network, batches, wanted, images=image_count(images), on_images=on_images):
                 store.put_table(cells[path], table, provenance | {"path": str(path)})
+    store.seal(members)
     return Work(len(wanted), len(cells) - len(wanted))
 
 
@@ -199,20 +203,21 @@ def outcomes_of(
 ) -> tuple[Outcomes, str]:
     """All paths' answers on a split, out of the store's tables, and the fingerprint of what they are.
 
-    Raises DamagedTableError, having set every damaged table of the split aside; extraction then fills the gaps.
+    Raises DamagedTableError, having set every damaged table of the split aside, and also if one is gone that was just
+    there; extraction then fills the gaps.
     """
     shards = range(len(plan.shards(split)))
     cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
     parts: dict[Path, list[pa.Table]] = {path: [] for path in plan.tree.paths}
-    damaged: list[DamagedTableError] = []
+    faults: list[StoreError] = []
     for path, found in parts.items():
         for shard in shards:
             try:
                 found.append(store.get_table(cells[shard][path]))
-            except DamagedTableError as error:
-                damaged.append(error)
-    if damaged:
-        raise DamagedTableError(f"{damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
+            except (DamagedTableError, AbsentTableError) as error:
+                faults.append(error)
+    if faults:
+        raise DamagedTableError(f"{faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
     tables = [(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()]
     key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
     return Outcomes.from_tables(tables), key
