@@ -56,12 +56,13 @@ def _refuse_credentials(protocol: str, url: str) -> None:
     """Raises StoreError, which shows no part of them, for a URL with credentials: URLs are logged and recorded."""
     if protocol in _ON_THIS_MACHINE:
         return
-    # up to the first slash, which the secret itself may hold
+    # up to the first slash, which a secret may hold
     host = url.partition("://")[2].partition("/")[0]
-    named_by_arn = host.startswith("arn:")
-    if (":" in host and not named_by_arn and ("@" in url or protocol in ("s3", "s3a"))) or (
-        "@" in host and protocol in ("s3", "s3a")
-    ):
+    if protocol in ("s3", "s3a"):
+        held = (":" in host or "@" in host) and not host.startswith("arn:")
+    else:
+        held = ":" in host and "@" in url and not host.rpartition(":")[2].isdigit()
+    if held:
         raise StoreError(
             f"store {protocol}://…: credentials do not belong in a URL, which is logged and recorded; give them by "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a profile, and name the bucket alone"

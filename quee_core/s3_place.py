@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PART = 16 * 2**20  # bytes of one part; objects of two parts and more are put part by part
 
+_PAGE = 1000  # objects of one answer to a listing: the most that S3 gives
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
 _LATER = frozenset({
     "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "RequestTimeoutException", "Throttling",
@@ -85,8 +86,8 @@ class S3Place(Place):
     @classmethod
     def at(cls, url: str, patience: float) -> "S3Place":
         """The place at s3://bucket/prefix. Raises StoreError for no bucket, and for settings that botocore refuses."""
-        root = S3FileSystem._strip_protocol(url).strip("/")
-        if not root:
+        root = url.partition("://")[2].rstrip("/")
+        if not root or root.startswith("/"):
             raise StoreError(f"store {url}: no bucket is named; want s3://bucket/prefix")
         # one try and one request for each step, which `attempt` repeats; another writer's files must show at once
         fs = S3FileSystem(
@@ -189,15 +190,13 @@ class S3Place(Place):
 
     def _pages(self, folder: str, delimiter: str) -> Iterator[dict[str, Any]]:
         bucket, prefix, _ = self._fs.split_path(self._full(folder))
-        more: dict[str, str] = {}
+        asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": delimiter, "MaxKeys": _PAGE}
         while True:
-            page = self._fs.call_s3(
-                "list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", Delimiter=delimiter, **more
-            )
+            page = self._fs.call_s3("list_objects_v2", **asked)
             yield page
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def _unless_absent(self, look: Callable[[], T]) -> T | None:
         try:

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -186,10 +186,21 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The server's variables, set in this process while a test runs; no others of AWS's."""
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The server's variables, set in this process while a test runs."""
+    with set_alone(s3_server.environment, monkeypatch):
+        yield s3_server.environment
+
+
+@contextmanager
+def set_alone(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set these variables and no others of AWS's; what is opened inside knows them, and is forgotten behind."""
+    from s3fs import S3FileSystem
+
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, value in s3_server.environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return s3_server.environment
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
