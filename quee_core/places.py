@@ -21,10 +21,10 @@ from quee_core.whole_files import check_room, disk_faults, temporary_name, whole
 T = TypeVar("T")
 
 PATIENCE = 30.0  # seconds for which a step that a server refused for the moment is tried again
+READ_AT_ONCE = 16  # files, which a remote file system reads side by side
 
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _ON_THIS_MACHINE = ("", "file", "local", "memory")
-_READ_AT_ONCE = 16  # files, which a remote file system reads side by side
 
 
 def open_place(url: str, *, patience: float = PATIENCE) -> "Place":
@@ -117,8 +117,8 @@ class Place:
 
     def read_many(self, locations: Sequence[str]) -> Iterator[bytes | None]:
         """The contents of each file, several being read side by side; raises StoreError for one that can't be."""
-        for start in range(0, len(locations), _READ_AT_ONCE):
-            some = locations[start : start + _READ_AT_ONCE]
+        for start in range(0, len(locations), READ_AT_ONCE):
+            some = locations[start : start + READ_AT_ONCE]
             # `cat` would take brackets in the root's name for a pattern
             blocks = self._fs.cat_ranges(
                 [self._full(location) for location in some], [None] * len(some), [None] * len(some), on_error="return"

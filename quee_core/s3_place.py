@@ -144,7 +144,10 @@ class S3Place(Place):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def put(self, location: str, data: bytes) -> None:
-        """Put the finished object, a large one in parts, which show once all of them are there."""
+        """Put the finished object, a large one in parts, which show once all of them are there.
+
+        Parts that a killed writer leaves stay unseen; the bucket's rule for unfinished uploads removes them.
+        """
         self._fs.pipe_file(self._full(location), data, chunksize=PART, max_concurrency=4)
 
     def create(self, location: str, data: bytes) -> bool:
@@ -219,7 +222,10 @@ class S3Place(Place):
                 "or AWS_PROFILE"
             )
         if isinstance(error, boto.SSLError):
-            return _Fault(f"no safe connection to {self.server} ({_first_line(error)}); check AWS_ENDPOINT_URL")
+            return _Fault(
+                f"no safe connection to {self.server} ({_first_line(error)}); check AWS_ENDPOINT_URL",
+                passes="EOF" in str(error),  # ended in the middle, as a server does that is stopped
+            )
         if isinstance(error, _CONNECTION):
             return _Fault(f"{self.server} does not answer ({type(error).__name__})", passes=True)
         if isinstance(error, boto.ParamValidationError):

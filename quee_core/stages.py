@@ -8,8 +8,10 @@ import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
@@ -208,19 +210,25 @@ def outcomes_of(
     """
     shards = range(len(plan.shards(split)))
     cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
-    parts: dict[Path, list[pa.Table]] = {path: [] for path in plan.tree.paths}
-    faults: list[StoreError] = []
-    for path, found in parts.items():
-        for shard in shards:
-            try:
-                found.append(store.get_table(cells[shard][path]))
-            except (DamagedTableError, AbsentTableError) as error:
-                faults.append(error)
+    wanted = [cells[shard][path] for path in plan.tree.paths for shard in shards]
+    with ThreadPoolExecutor(store.readers) as pool:
+        found = list(pool.map(partial(_table_or_fault, store), wanted))
+    faults = [each for each in found if isinstance(each, StoreError)]
     if faults:
         raise DamagedTableError(f"{faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
-    tables = [(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()]
+    tables = [
+        (path, pa.concat_tables(found[start : start + len(shards)]).combine_chunks())
+        for path, start in zip(plan.tree.paths, range(0, len(found), len(shards)), strict=True)
+    ]
     key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
     return Outcomes.from_tables(tables), key
+
+
+def _table_or_fault(store: Store, cell: Cell) -> pa.Table | StoreError:
+    try:
+        return store.get_table(cell)
+    except (DamagedTableError, AbsentTableError) as error:
+        return error
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from quee_core.entries import (
 )
 from quee_core.errors import AbsentTableError, DamagedTableError
 from quee_core.fingerprints import canonical_json
-from quee_core.places import PATIENCE, Place, open_place
+from quee_core.places import PATIENCE, READ_AT_ONCE, Place, open_place
 from quee_core.tables import SCHEMA_VERSION, Cell, check_table, to_parquet_bytes
 from quee_core.whole_files import is_temporary
 
@@ -91,6 +91,11 @@ class Store:
     def url(self) -> str:
         """Where the store is, in full: what opens it from any working folder."""
         return self._place.url
+
+    @property
+    def readers(self) -> int:
+        """How many threads reading at once serve best: one on a disk, several where each read waits for a server."""
+        return READ_AT_ONCE if self._place.remote else 1
 
     def check_room(self, size: int) -> None:
         """See that the store takes a file, on a local disk one of `size` bytes; none is left behind.

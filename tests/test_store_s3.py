@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from prefect.states import Failed
 
 from quee_core.entries import table_entry
 from quee_core.errors import AbsentTableError, DamagedTableError, StoreError, StoreUnreachableError
 from quee_core.s3_place import PART, S3Place
 from quee_core.store import Store
+from tasks.extract import is_transient
 from tests.feature_tables import PATHS, numbered_cell, small_table
+from tests.quee_command import refused, write_sweep
 from tests.s3_gate import DROPPED, Answer, Request, S3Gate
 from tests.s3_server import (
     ACCESS_KEY,
@@ -265,6 +268,29 @@ def test_a_store_on_a_disk_does_without_the_packages_of_s3(tmp_path: Path) -> No
         "print([name for name in sys.modules if name.startswith(('boto', 's3fs', 'aio'))])",
     )
     assert told.stdout == "[]\n"
+
+
+def test_a_task_is_tried_again_for_a_store_out_of_reach_and_for_no_other_fault_of_ours() -> None:
+    for error, expected in ((StoreUnreachableError("later"), True), (StoreError("never"), False), (OSError(), True)):
+        assert is_transient(None, None, Failed(data=error)) is expected
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [
+        ("s3://no-such-bucket/store", "s3://no-such-bucket/store: cannot be written: there is no such bucket at http://"),
+        (f"s3://{ACCESS_KEY}:{SECRET_KEY}@quee/store", "store s3://…: credentials do not belong in a URL"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("s3_environment", "prefect_home")
+def test_the_command_says_what_is_wrong_with_the_store_before_anything_starts(
+    tmp_path: Path, store: str, says: str
+) -> None:
+    write_sweep(tmp_path, run={"store": store})
+    told = refused(tmp_path, "sweep", "sweep.yaml")
+    assert told.startswith(says)
+    assert ACCESS_KEY not in told
+    assert not (tmp_path / "runs" / "small").exists()
 
 
 # Whole or absent
