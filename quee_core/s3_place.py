@@ -5,6 +5,7 @@ shows more of them than the endpoint's host.
 """
 
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ _LATER = frozenset({
 })  # fmt: skip
 _LATER_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _CONNECTION = (*S3_RETRYABLE_ERRORS, boto.ConnectionError, ConnectionError, TimeoutError)
+_LOGIN = re.compile(r"[^/\s]+@")  # of an endpoint's URL
 _CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
     boto.NoAuthTokenError, boto.SSOError, boto.MetadataRetrievalError, boto.UnknownCredentialError,
@@ -247,4 +249,5 @@ def _answer(error: BaseException) -> tuple[str, int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    told = (str(error) or type(error).__name__).splitlines()[0]
+    return _LOGIN.sub("", told)

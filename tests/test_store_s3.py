@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -252,6 +253,24 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
         Store.open(url)
     for piece in (*SECRET_KEY.replace("@", "/").split("/")[1:], ACCESS_KEY):
         assert piece not in str(caught.value)
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_an_endpoint_that_is_no_url_is_told_without_its_login(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "someone:password@server")
+    with pytest.raises(StoreError, match=r"settings for S3 are wrong .*check AWS_ENDPOINT_URL") as caught:
+        Store.open(url)
+    assert "password" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_a_bucket_can_be_a_store_itself() -> None:
+    store, key = Store.open("s3://quee"), uuid.uuid4().hex
+    assert store.url == "s3://quee"
+    store.put_artefact("heads", key, b"x")
+    assert store.get_artefact("heads", key) == b"x"
+    assert store.sweep_orphans(older_than=0) == []
+    assert store.get_artefact("heads", key) == b"x"
 
 
 def test_a_url_without_a_bucket_is_refused() -> None:
