@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from tests.s3_server import S3Server, set_alone
+from tests.s3_server import S3Server, other_environment
 
 HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive")
 
@@ -134,5 +134,5 @@ class S3Gate:
 @pytest.fixture
 def s3_gate(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Gate]:
     """A gate before the server, whose variables are set in the server's stead while a test runs."""
-    with S3Gate(s3_server) as gate, set_alone(gate.environment, monkeypatch):
+    with S3Gate(s3_server) as gate, other_environment(gate.environment, monkeypatch):
         yield gate

@@ -186,21 +186,28 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The server's variables, set in this process while a test runs."""
-    with set_alone(s3_server.environment, monkeypatch):
-        yield s3_server.environment
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The server's variables, set in this process while a test runs, and no others of AWS's."""
+    _set_alone(s3_server.environment, monkeypatch)
+    return s3_server.environment
 
 
 @contextmanager
-def set_alone(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set these variables and no others of AWS's; what is opened inside knows them, and is forgotten behind."""
+def other_environment(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These variables instead, while the block lasts: s3fs keeps its clients, so they are forgotten on both sides."""
     from s3fs import S3FileSystem
 
+    with monkeypatch.context() as patch:
+        _set_alone(variables, patch)
+        S3FileSystem.clear_instance_cache()
+        try:
+            yield
+        finally:
+            S3FileSystem.clear_instance_cache()
+
+
+def _set_alone(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
-    yield
-    S3FileSystem.clear_instance_cache()
