@@ -36,7 +36,8 @@ CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")
 ]
 StoreOption = Annotated[
-    str | None, typer.Option("--store", help="URL or folder of the store of tables; replaces run.store.")
+    str | None,
+    typer.Option("--store", help="Folder or URL (s3://bucket/prefix) of the store of tables; replaces run.store."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N; replaces run.device.")]
 LimitOption = Annotated[

@@ -244,7 +244,11 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     batch: int = Field(256, ge=1, description="Images a batch in the walk.")
     shard_images: int = Field(5000, ge=1, description="Images of one shard: the work that a crash can lose.")
-    store: str = Field("store", description="URL or folder of the store of tables.")
+    store: str = Field(
+        "store",
+        description="Folder of the store of tables, or its URL, such as s3://bucket/prefix; credentials for it come "
+        "from AWS's usual variables or a profile.",
+    )
     runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
     mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
     dask_workers: int = Field(2, ge=1, le=256, description="Threads of the in-process Dask cluster.")

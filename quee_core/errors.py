@@ -48,6 +48,14 @@ class StoreError(QueeError):
     """A store that cannot be read or written."""
 
 
+class StoreUnreachableError(StoreError):
+    """A store whose server does not answer, or refuses for the moment: a later try can succeed."""
+
+
+class AbsentTableError(StoreError):
+    """A table that is asked for and not in the store."""
+
+
 class DamagedTableError(StoreError):
     """A stored table or artefact whose contents are not what its manifest says."""
 

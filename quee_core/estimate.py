@@ -74,7 +74,8 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
             cells = cells_of(
                 plan, FittedExits.from_bytes(exits), Calibration.from_bytes(calibration), split, shard, paths
             )
-            absent = set(store.missing(list(cells.values())))
+            members = list(cells.values())
+            absent = set() if store.sealed(members) else set(store.missing(members))
             paths = [path for path in paths if cells[path] in absent]
         left += len(paths)
         images = image_count(plan.shards(split)[shard])

@@ -9,8 +9,10 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
@@ -19,7 +21,7 @@ import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, measured_table
 from quee_core.data.splits import SplitName, image_count
-from quee_core.errors import DamagedTableError
+from quee_core.errors import AbsentTableError, DamagedTableError, StoreError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
@@ -175,8 +177,11 @@ def extract_branch(
     *,
     on_images: OnImages = ignore_progress,
 ) -> Work:
-    """Publish the tables of `cells` that the store lacks, by one walk over the shard's images."""
-    lacking = set(store.missing(list(cells.values())))
+    """Publish the tables of `cells` that the store lacks, by one walk over the shard's images; seal the branch."""
+    members = list(cells.values())
+    if store.sealed(members):
+        return Work(0, len(cells))
+    lacking = set(store.missing(members))
     wanted = [path for path, cell in cells.items() if cell in lacking]
     if wanted:
         images = plan.shards(split)[shard]
@@ -185,6 +190,7 @@ def extract_branch(
             for path, table in walk(network, batches, wanted, images=image_count(images), on_images=on_images):
                 store.put_table(cells[path], table, provenance | {"path": str(path)})
                 logger.info("%s: %d rows published", cells[path].location, table.num_rows)
+    store.seal(members)
     return Work(len(wanted), len(cells) - len(wanted))
 
 
@@ -203,23 +209,30 @@ def outcomes_of(
 ) -> tuple[Outcomes, str]:
     """All paths' answers on a split, out of the store's tables, and the fingerprint of what they are.
 
-    Raises DamagedTableError, having set every damaged table of the split aside; extraction then fills the gaps.
+    Raises DamagedTableError, having set every damaged table of the split aside, and also if one is gone that was just
+    there; extraction then fills the gaps.
     """
     shards = range(len(plan.shards(split)))
     cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
-    parts: dict[Path, list[pa.Table]] = {path: [] for path in plan.tree.paths}
-    damaged: list[DamagedTableError] = []
-    for path, found in parts.items():
-        for shard in shards:
-            try:
-                found.append(store.get_table(cells[shard][path]))
-            except DamagedTableError as error:
-                damaged.append(error)
-    if damaged:
-        raise DamagedTableError(f"{damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
-    tables = [(path, pa.concat_tables(found).combine_chunks()) for path, found in parts.items()]
+    wanted = [cells[shard][path] for path in plan.tree.paths for shard in shards]
+    with ThreadPoolExecutor(store.readers) as pool:
+        found = list(pool.map(partial(_table_or_fault, store), wanted))
+    faults = [each for each in found if isinstance(each, StoreError)]
+    if faults:
+        raise DamagedTableError(f"{faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    tables = [
+        (path, pa.concat_tables(found[start : start + len(shards)]).combine_chunks())
+        for path, start in zip(plan.tree.paths, range(0, len(found), len(shards)), strict=True)
+    ]
     key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
     return Outcomes.from_tables(tables), key
+
+
+def _table_or_fault(store: Store, cell: Cell) -> pa.Table | StoreError:
+    try:
+        return store.get_table(cell)
+    except (DamagedTableError, AbsentTableError) as error:
+        return error
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
 from quee_core.data.splits import SplitName, image_count
-from quee_core.errors import QueeError
+from quee_core.errors import QueeError, StoreUnreachableError
 from quee_core.stages import Work, cells_of, extract_branch
 from tasks.devices import network_to_oneself
 from tasks.progress import advance
@@ -16,9 +16,10 @@ CELLS = "cells"
 
 
 def is_transient(_task: object, _run: object, state: object) -> bool:
-    """Whether another try can help: never after bad input, which quee's own errors report."""
+    """Whether another try can help: of quee's own errors, which report bad input, only a store out of reach."""
     error = getattr(state, "data", None)
-    return not isinstance(getattr(error, "exception", error), QueeError)
+    fault = getattr(error, "exception", error)
+    return isinstance(fault, StoreUnreachableError) or not isinstance(fault, QueeError)
 
 
 @task(

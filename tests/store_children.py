@@ -61,6 +61,8 @@ def race(url: str, processes: int, count: int) -> None:
     """Each process publishes its own rows, which differ, as those of two devices do; all start together."""
     gate, opener = os.pipe()
     warm_up()
+    if url.startswith("s3:"):
+        import quee_core.s3_place  # noqa: F401 (a second for each fork else)
     children = [_fork(lambda mine=number: _publish_all(gate, url, mine, count)) for number in range(processes)]
     os.write(opener, b"x" * processes)
     failed = [child for child in children if os.waitpid(child, 0)[1] != 0]
