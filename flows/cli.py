@@ -37,6 +37,10 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", help="URL or folder of the store of tables; replaces run.store.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N; replaces run.device.")]
+DaskOption = Annotated[
+    str | None,
+    typer.Option("--dask", help="Address of a Dask scheduler whose workers fit the grid; replaces run.dask."),
+]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="At most this many images in each split; replaces dataset.limit.")
 ]
@@ -72,6 +76,7 @@ def sweep(
     store: StoreOption = None,
     device: DeviceOption = None,
     limit: LimitOption = None,
+    dask: DaskOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,7 +84,7 @@ def sweep(
     if dry_run:
         plan(config, data_root, checkpoint, store, device, limit, as_json)
         return
-    sweep_config = _configured(config, data_root, checkpoint, store, device, limit)
+    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, dask)
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
@@ -291,6 +296,7 @@ def _configured(
     store: str | None,
     device: str | None,
     limit: int | None,
+    dask: str | None = None,
 ) -> Any:
     from quee_core.config import load_config, parse_config
 
@@ -301,6 +307,7 @@ def _configured(
         ("run", "store", store),
         ("run", "device", device),
         ("dataset", "limit", limit),
+        ("run", "dask", dask),
     ):
         if value is not None:
             raw.setdefault(section, {})[field] = value

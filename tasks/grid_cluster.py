@@ -1,0 +1,165 @@
+"""Where the grid is fitted: threads of this process, or the workers of a Dask scheduler at an address."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from distributed import Client, LocalCluster
+from distributed.security import Security
+from threadpoolctl import threadpool_limits
+
+from quee_core.config import DaskTLSConfig, RunConfig
+from quee_core.errors import ConfigError, ServerError
+from quee_core.grid_units import in_one_line
+from tasks.grid_worker import refuse_other_build, this_build
+
+GONE = (OSError, CancelledError, asyncio.CancelledError)  # how Dask's client tells that the scheduler is away
+_KEPT = "run again: what is finished is kept"
+
+
+@contextmanager
+def grid_client(run: RunConfig) -> Iterator[Client]:
+    """The scheduler at `run.dask`, or a cluster of threads in this process, each fit on one thread.
+
+    Raises ServerError for a scheduler that does not answer or let us in, that has no worker, or one of another build;
+    ConfigError for certificates that are missing or none.
+    """
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    if run.dask is None:
+        with _threads_here(run.dask_workers) as client:
+            yield client
+        return
+    with cluster_client(run) as client:
+        await_worker(client, run)
+        check_builds(client)
+        yield client
+
+
+@contextmanager
+def cluster_client(run: RunConfig) -> Iterator[Client]:
+    """A client of the scheduler at `run.dask`. Raises as `grid_client` does, but asks for no worker."""
+    security = None if run.dask_tls is None else _security(run.dask_tls)
+    try:
+        client = Client(run.dask, security=security, timeout=run.dask_timeout, name="quee", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ServerError(
+            f"run.dask: no scheduler answers at {run.dask} within {run.dask_timeout:g} s ({in_one_line(error)}); "
+            + _advice(run, error)
+        ) from None
+    try:
+        yield client
+    finally:
+        with suppress(*GONE):
+            client.close()
+
+
+def await_worker(client: Client, run: RunConfig) -> None:
+    """Return once the scheduler has a worker. Raises ServerError if there is none in `run.dask_timeout` seconds."""
+    try:
+        client.wait_for_workers(1, timeout=run.dask_timeout)
+    except TimeoutError:
+        raise no_worker(run) from None
+    except GONE as error:
+        raise lost(run, error) from None
+
+
+def check_builds(client: Client) -> None:
+    """Raises ServerError that names the first worker whose versions or code are not those of this process."""
+    ours = this_build()
+    found = client.run(_build_probe(), on_error="return")
+    for worker, theirs in found.items():
+        if isinstance(theirs, BaseException):
+            theirs = {"quee": f"not to be asked ({in_one_line(theirs)})"}
+        refuse_other_build(ours, theirs, worker)
+
+
+def workers_of(client: Client, run: RunConfig) -> int:
+    """How many threads the scheduler's workers have. Raises ServerError if it does not tell in time."""
+    if client.scheduler is None:
+        raise lost(run)
+    try:
+        threads = client.sync(client.scheduler.ncores, workers=None, callback_timeout=run.dask_timeout)
+    except GONE as error:
+        raise lost(run, error) from None
+    return sum(threads.values())
+
+
+def lost(run: RunConfig, error: BaseException | None = None) -> ServerError:
+    """The fault of a scheduler that has gone in the middle."""
+    why = "" if error is None else f" ({in_one_line(error)})"
+    return ServerError(f"run.dask: the scheduler at {run.dask} was lost{why}; start it or its host anew, and {_KEPT}")
+
+
+def no_worker(run: RunConfig) -> ServerError:
+    """The fault of a scheduler without workers."""
+    return ServerError(
+        f"run.dask: the scheduler at {run.dask} has had no worker for {run.dask_timeout:g} s; start some "
+        f"(dask worker {run.dask}), and {_KEPT}"
+    )
+
+
+@contextmanager
+def _threads_here(threads: int) -> Iterator[Client]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            threadpool_limits(limits=1),  # of BLAS for the process; workers limit their own OpenMP
+            LocalCluster(
+                n_workers=1,
+                threads_per_worker=threads,
+                processes=False,
+                dashboard_address=None,
+                # it serves health and metrics all the same, by default at a port that a second sweep would want too
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+    finally:
+        torch.set_num_threads(before)
+
+
+def _security(tls: DaskTLSConfig) -> Security:
+    for name, path in (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key)):
+        if not path.is_file():
+            raise ConfigError(f"run.dask_tls.{name}: {path}: no such file; want one in PEM form")
+    security = Security(
+        tls_ca_file=str(tls.ca), tls_client_cert=str(tls.cert), tls_client_key=str(tls.key), require_encryption=True
+    )
+    try:
+        security.get_connection_args("client")
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"run.dask_tls: {tls.ca}, {tls.cert} and {tls.key} make no connection ({in_one_line(error)}); want PEM "
+            "files that can be read, the key being that of the certificate"
+        ) from None
+    return security
+
+
+def _advice(run: RunConfig, error: BaseException) -> str:
+    if run.dask_tls is not None and isinstance(_innermost(error), ssl.SSLError):
+        return "see that its certificates and those of run.dask_tls are signed by the authority run.dask_tls.ca"
+    return "start one (dask scheduler), correct the address, or leave run.dask out to fit in this process"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _build_probe() -> Any:
+    def build() -> Mapping[str, str]:
+        try:
+            from tasks.grid_worker import this_build
+        except Exception as error:  # whatever is wrong with what is installed there, it is not what is here
+            return {"quee": f"not to be imported ({type(error).__name__}: {error})"}
+        return this_build()
+
+    return build  # sent by value, since it is no module's: it runs where quee is missing, too
