@@ -277,7 +277,7 @@ def print_record(record: SweepRecord, console: Console) -> None:
     if failed := [row for row in record.grid if row.failure is not None]:
         console.print(
             f"note: {len(failed)} of {len(record.grid)} grid points could not be fitted; the first, "
-            f"{failed[0].point['predictor']} with K = {failed[0].point['clusters'] or '∞'}: {failed[0].failure}",
+            f"{failed[0].described}: {failed[0].failure}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
     for caution in record.cautions:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from distributed import Client, LocalCluster
+from distributed.comm.core import CommClosedError, FatalCommClosedError, connect
 from distributed.security import Security
 from threadpoolctl import threadpool_limits
 
@@ -40,17 +41,26 @@ def grid_client(run: RunConfig) -> Iterator[Client]:
         yield client
 
 
+def check_cluster(run: RunConfig) -> None:
+    """See that the scheduler at `run.dask` answers, and that the workers that it has are of this build.
+
+    The grid comes hours after the start of a large sweep. Raises as `grid_client` does, but may find no worker yet.
+    """
+    if run.dask is not None:
+        with cluster_client(run) as client:
+            check_builds(client)
+
+
 @contextmanager
 def cluster_client(run: RunConfig) -> Iterator[Client]:
     """A client of the scheduler at `run.dask`. Raises as `grid_client` does, but asks for no worker."""
-    security = None if run.dask_tls is None else _security(run.dask_tls)
+    assert run.dask is not None
+    security = Security() if run.dask_tls is None else _security(run.dask_tls)
     try:
+        asyncio.run(_knock(run.dask, security, run.dask_timeout))
         client = Client(run.dask, security=security, timeout=run.dask_timeout, name="quee", set_as_default=False)
     except (OSError, ValueError) as error:
-        raise ServerError(
-            f"run.dask: no scheduler answers at {run.dask} within {run.dask_timeout:g} s ({in_one_line(error)}); "
-            + _advice(run, error)
-        ) from None
+        raise _unreachable(run, error) from None
     try:
         yield client
     finally:
@@ -125,6 +135,16 @@ def _threads_here(threads: int) -> Iterator[Client]:
         torch.set_num_threads(before)
 
 
+async def _knock(address: str, security: Security, timeout: float) -> None:
+    """Be greeted by the scheduler. Raises OSError if that takes longer than `timeout` seconds.
+
+    Dask's client would wait without end for a host that accepts connections and says nothing.
+    """
+    connecting = connect(address, timeout=timeout, **security.get_connection_args("client"))
+    comm = await asyncio.wait_for(connecting, timeout)
+    await comm.close()
+
+
 def _security(tls: DaskTLSConfig) -> Security:
     for name, path in (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key)):
         if not path.is_file():
@@ -142,16 +162,22 @@ def _security(tls: DaskTLSConfig) -> Security:
     return security
 
 
-def _advice(run: RunConfig, error: BaseException) -> str:
-    if run.dask_tls is not None and isinstance(_innermost(error), ssl.SSLError):
-        return "see that its certificates and those of run.dask_tls are signed by the authority run.dask_tls.ca"
-    return "start one (dask scheduler), correct the address, or leave run.dask out to fit in this process"
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
+def _unreachable(run: RunConfig, error: Exception) -> ServerError:
+    why = in_one_line(error)
+    if isinstance(error, FatalCommClosedError):
+        return ServerError(
+            f"run.dask: the scheduler at {run.dask} does not let us in ({why}); see that it speaks TLS, and that its "
+            "certificate and run.dask_tls.cert are signed by the authority run.dask_tls.ca"
+        )
+    if isinstance(error, CommClosedError):
+        return ServerError(
+            f"run.dask: what listens at {run.dask} closes the connection ({why}); see that it is a Dask scheduler, and "
+            "whether it wants tls:// and run.dask_tls"
+        )
+    return ServerError(
+        f"run.dask: no scheduler answers at {run.dask} within {run.dask_timeout:g} s ({why}); start one (dask "
+        "scheduler), correct the address, or leave run.dask out to fit in this process"
+    )
 
 
 def _build_probe() -> Any:

@@ -87,20 +87,27 @@ class DaskCluster:
         for process in (*self.workers.values(), self.scheduler):
             process.kill()
 
-    def started(self) -> list[tuple[str, int]]:
+    def mark(self) -> Mapping[str, int]:
+        """How much the workers have said so far; `started` and `computed` can leave it out."""
+        return {name: len(worker.said) for name, worker in self.workers.items()}
+
+    def started(self, since: Mapping[str, int] | None = None) -> list[tuple[str, int]]:
         """Units that workers have begun, with the process that did, in the order of each log."""
-        return [(unit, int(pid)) for what, _, _, unit, pid in self._lines() if what == "starts"]
+        return [(unit, int(pid)) for what, _, _, unit, pid in self._lines(since or {}) if what == "starts"]
 
-    def computed(self) -> list[str]:
+    def computed(self, since: Mapping[str, int] | None = None) -> list[str]:
         """Units that were computed and are persisted; one that was computed twice is there twice."""
-        return [unit for _, computed, _, unit, _ in self._lines() if computed and int(computed)]
+        return [unit for _, computed, _, unit, _ in self._lines(since or {}) if computed and int(computed)]
 
-    def _lines(self) -> list[tuple[str, str, str, str, str]]:
-        return [line for worker in self.workers.values() for line in _LINE.findall(worker.said)]
+    def _lines(self, since: Mapping[str, int]) -> list[tuple[str, str, str, str, str]]:
+        said = [worker.said[since.get(name, 0) :] for name, worker in self.workers.items()]
+        return [line for text in said for line in _LINE.findall(text)]
 
 
 @contextmanager
-def dask_cluster(folder: Path, workers: int = 2, *, nanny: bool = True, allowed_failures: int = 3) -> Iterator[DaskCluster]:
+def dask_cluster(
+    folder: Path, workers: int = 2, *, nanny: bool = True, allowed_failures: int = 3
+) -> Iterator[DaskCluster]:
     """A scheduler with `workers` workers of one thread each, gone when the block ends."""
     cluster = DaskCluster(folder, allowed_failures=allowed_failures)
     try:
