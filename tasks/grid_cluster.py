@@ -20,6 +20,7 @@ from quee_core.grid_units import in_one_line
 from tasks.grid_worker import refuse_other_build, this_build
 
 GONE = (OSError, CancelledError, asyncio.CancelledError)  # how Dask's client tells that the scheduler is away
+ASKING = 300.0  # seconds; a worker imports torch before it answers, and may do so from a slow disk
 _KEPT = "run again: what is finished is kept"
 
 
@@ -37,7 +38,7 @@ def grid_client(run: RunConfig) -> Iterator[Client]:
         return
     with cluster_client(run) as client:
         await_worker(client, run)
-        check_builds(client)
+        check_builds(client, run)
         yield client
 
 
@@ -48,7 +49,7 @@ def check_cluster(run: RunConfig) -> None:
     """
     if run.dask is not None:
         with cluster_client(run) as client:
-            check_builds(client)
+            check_builds(client, run)
 
 
 @contextmanager
@@ -78,10 +79,18 @@ def await_worker(client: Client, run: RunConfig) -> None:
         raise lost(run, error) from None
 
 
-def check_builds(client: Client) -> None:
+def check_builds(client: Client, run: RunConfig) -> None:
     """Raises ServerError that names the first worker whose versions or code are not those of this process."""
     ours = this_build()
-    found = client.run(_build_probe(), on_error="return")
+    try:
+        found = client.sync(client._run, _build_probe(), on_error="return", callback_timeout=ASKING)
+    except TimeoutError:
+        raise ServerError(
+            f"run.dask: a worker of {run.dask} did not say in {ASKING:g} s which version of quee it has; "
+            f"start its workers anew, and {_KEPT}"
+        ) from None
+    except GONE as error:
+        raise lost(run, error) from None
     for worker, theirs in found.items():
         if isinstance(theirs, BaseException):
             theirs = {"quee": f"not to be asked ({in_one_line(theirs)})"}
@@ -188,4 +197,9 @@ def _build_probe() -> Any:
             return {"quee": f"not to be imported ({type(error).__name__}: {error})"}
         return this_build()
 
-    return build  # sent by value, since it is no module's: it runs where quee is missing, too
+    async def in_a_thread() -> Mapping[str, str]:  # the import takes seconds, in which the worker must be heard of
+        import asyncio
+
+        return await asyncio.to_thread(build)
+
+    return in_a_thread  # sent by value, since it is no module's: it runs where quee is missing, too
