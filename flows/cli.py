@@ -40,6 +40,10 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder or URL (s3://bucket/prefix) of the store of tables; replaces run.store."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N; replaces run.device.")]
+DaskOption = Annotated[
+    str | None,
+    typer.Option("--dask", help="Address of a Dask scheduler whose workers fit the grid; replaces run.dask."),
+]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="At most this many images in each split; replaces dataset.limit.")
 ]
@@ -75,6 +79,7 @@ def sweep(
     store: StoreOption = None,
     device: DeviceOption = None,
     limit: LimitOption = None,
+    dask: DaskOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,7 +87,7 @@ def sweep(
     if dry_run:
         plan(config, data_root, checkpoint, store, device, limit, as_json)
         return
-    sweep_config = _configured(config, data_root, checkpoint, store, device, limit)
+    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, dask)
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
@@ -260,7 +265,7 @@ def print_record(record: SweepRecord, console: Console) -> None:
     if failed := [row for row in record.grid if row.failure is not None]:
         console.print(
             f"note: {len(failed)} of {len(record.grid)} grid points could not be fitted; the first, "
-            f"{failed[0].point['predictor']} with K = {failed[0].point['clusters'] or '∞'}: {failed[0].failure}",
+            f"{failed[0].described}: {failed[0].failure}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
     for caution in record.cautions:
@@ -279,6 +284,7 @@ def _configured(
     store: str | None,
     device: str | None,
     limit: int | None,
+    dask: str | None = None,
 ) -> Any:
     from quee_core.config import load_config, parse_config
 
@@ -289,6 +295,7 @@ def _configured(
         ("run", "store", store),
         ("run", "device", device),
         ("dataset", "limit", limit),
+        ("run", "dask", dask),
     ):
         if value is not None:
             raw.setdefault(section, {})[field] = value

@@ -27,6 +27,7 @@ from tasks.assemble import Assembled, assemble_outcomes
 from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate, write_report
 from tasks.extract import CELLS, STAGE, extract
+from tasks.grid_cluster import check_cluster
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
 from tasks.resolved import device_of, plan_of, store_of
@@ -111,6 +112,7 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     device_of(sweep)
     store_of(sweep).check_room(STORE_ROOM)
     check_room(sweep.run.runs, RUNS_ROOM)
+    check_cluster(sweep.run)
     if named_server() is None:
         OwnServer()
     else:

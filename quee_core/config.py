@@ -1,6 +1,7 @@
 """What one sweep is: pydantic models of a sweep's YAML file, with bounds and a sentence for every setting."""
 
 import math
+import re
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,6 +14,8 @@ from quee_core.errors import ConfigError, did_you_mean
 from quee_core.paths import PathTree, PolicyName, check_bit_widths
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_DASK_ADDRESS = re.compile(r"(tcp|tls)://([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 
 
 class Section(BaseModel):
@@ -238,6 +241,14 @@ class EvaluationConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the bootstrap and of the random exits.")
 
 
+class DaskTLSConfig(Section):
+    """Files, in PEM form, by which quee and a Dask scheduler at tls:// know each other."""
+
+    ca: FilePath = Field(description="Certificate of the authority that signed the scheduler's and the workers'.")
+    cert: FilePath = Field(description="quee's own certificate.")
+    key: FilePath = Field(description="The private key of that certificate.")
+
+
 class RunConfig(Section):
     """Where and how the work is done; changes no result."""
 
@@ -252,7 +263,30 @@ class RunConfig(Section):
     runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
     mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
     dask_workers: int = Field(2, ge=1, le=256, description="Threads of the in-process Dask cluster.")
-    dask: str | None = Field(None, description="Address of a Dask scheduler to use instead.")
+    dask: str | None = Field(
+        None,
+        description="Address of a Dask scheduler to use instead, tcp://HOST:PORT or tls://HOST:PORT. Its workers need "
+        "this version of quee, and reach the store by the same URL.",
+    )
+    dask_tls: DaskTLSConfig | None = Field(None, description="Files for a scheduler at tls://: ca, cert and key.")
+    dask_timeout: float = Field(
+        60.0, gt=0, description="Seconds in which that scheduler must answer, and have a worker again if none is left."
+    )
+
+    @field_validator("dask")
+    @classmethod
+    def _an_address(cls, address: str | None) -> str | None:
+        if address is not None and not _DASK_ADDRESS.fullmatch(address):
+            raise ValueError("want tcp://HOST:PORT or tls://HOST:PORT, as the scheduler prints it when it starts")
+        return address
+
+    @model_validator(mode="after")
+    def _tls_as_addressed(self) -> "RunConfig":
+        if self.dask is not None and self.dask.startswith("tls://") and self.dask_tls is None:
+            raise ValueError(f"dask: {self.dask} needs certificates; set run.dask_tls to {{ca: …, cert: …, key: …}}")
+        if self.dask is not None and self.dask.startswith("tcp://") and self.dask_tls is not None:
+            raise ValueError(f"dask: {self.dask} is not encrypted, but run.dask_tls is set; say tls:// or leave it out")
+        return self
 
 
 DEFAULT_PREDICTORS = (

@@ -10,9 +10,10 @@ from quee_core.data.splits import image_count
 from quee_core.exits import FittedExits
 from quee_core.features import walked_edges
 from quee_core.grid import grid_points
+from quee_core.grid_units import grid_units
 from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration
-from quee_core.stages import branches_of, cells_of, grid_units
+from quee_core.stages import branches_of, cells_of
 from quee_core.store import Store
 from quee_core.tables import TOP
 

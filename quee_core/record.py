@@ -130,6 +130,12 @@ class GridRow(Frozen):
     winner: bool
     failure: str | None
 
+    @property
+    def described(self) -> str:
+        """Which point it is, in a few words: predictor, clusters, and the options that are not the default ones."""
+        options = "" if self.point["options"] == "{}" else f", {self.point['options']}"
+        return f"{self.point['predictor']} with K = {self.point['clusters'] or '∞'}{options}"
+
 
 class StageTiming(Frozen):
     """Time that one stage of the sweep took, and how much of its work was found in the store."""

@@ -1,4 +1,4 @@
-"""The stages of a sweep that fill the store: calibration, exits, branches of the path tree, fits of the grid.
+"""The stages of a sweep that fill the store: calibration, exits, branches of the path tree.
 
 Each looks for its result in the store first, and says whether it computed anything, so that a rerun continues
 where the last one ended.
@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
@@ -25,9 +25,9 @@ from quee_core.errors import AbsentTableError, DamagedTableError, StoreError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
-from quee_core.grid import Discretisation, GateFit, GridPoint, fit_gate, fits_from_bytes, fits_to_bytes
+from quee_core.grid_units import GRID_CODE
 from quee_core.network import PathNetwork
-from quee_core.paths import Path, PathTree
+from quee_core.paths import Path
 from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
 from quee_core.store import Store
@@ -35,12 +35,6 @@ from quee_core.tables import Cell, Outcomes
 from quee_core.whole_files import disk_faults
 
 logger = logging.getLogger(__name__)
-
-_GRID_CODE = (
-    "quee_core.grid", "quee_core.clusters", "quee_core.targets", "quee_core.fixed_point", "quee_core.predictors.base",
-    "quee_core.predictors.mlp", "quee_core.predictors.logistic", "quee_core.predictors.boosted_trees",
-    "quee_core.predictors.nearest_cluster", "quee_core.predictors.constant", "quee_core.predictors.quality",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,6 +198,15 @@ def branches_of(plan: SweepPlan) -> list[tuple[SplitName, int, int]]:
     ]
 
 
+def split_cells(
+    plan: SweepPlan, exits: FittedExits, calibration: Calibration, split: SplitName
+) -> dict[Path, list[Cell]]:
+    """The cells of each path on a split, shard by shard."""
+    shards = range(len(plan.shards(split)))
+    cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
+    return {path: [found[path] for found in cells] for path in plan.tree.paths}
+
+
 def outcomes_of(
     plan: SweepPlan, store: Store, exits: FittedExits, calibration: Calibration, split: SplitName
 ) -> tuple[Outcomes, str]:
@@ -233,54 +236,6 @@ def _table_or_fault(store: Store, cell: Cell) -> pa.Table | StoreError:
         return store.get_table(cell)
     except (DamagedTableError, AbsentTableError) as error:
         return error
-
-
-@dataclass(frozen=True)
-class GridUnit:
-    """Work of the grid that shares clusters and targets: one gate, one discretisation, all predictors on it."""
-
-    gate: Path
-    points: tuple[GridPoint, ...]
-
-
-def grid_units(points: Sequence[GridPoint], tree: PathTree) -> list[GridUnit]:
-    """The grid cut into units, gates with the most paths first, so that the long ones don't come last."""
-    grouped: dict[Discretisation, list[GridPoint]] = {}
-    for point in points:
-        grouped.setdefault(point.discretisation, []).append(point)
-    gates = sorted(tree.gates, key=lambda gate: -len(tree.extensions(gate)))
-    return [GridUnit(gate, tuple(group)) for gate in gates for group in grouped.values()]
-
-
-def grid_inputs_key(outcomes_key: str) -> str:
-    """Fingerprint of the outcomes and of the code that fits them.
-
-    Taken once, before units go out to threads: CPython 3.11's parser, which reads the code, fails in several at once.
-    """
-    return fingerprint([outcomes_key, code_version(_GRID_CODE)])
-
-
-def fit_unit(
-    unit: GridUnit, tree: PathTree, target: Outcomes, select: Outcomes, seed: int, store: Store, inputs_key: str
-) -> tuple[list[GateFit], Work]:
-    """Fit a unit, or find its fits in the store; what was fitted is persisted at once (design, section 9).
-
-    inputs_key: what `grid_inputs_key` gives for the outcomes.
-    """
-    key = fingerprint(
-        {
-            "inputs": inputs_key,
-            "gate": str(unit.gate),
-            "points": [asdict(point) for point in unit.points],
-            "seed": seed,
-        }
-    )
-    data = store.get_artefact("gate-fits", key)
-    if data is not None:
-        return fits_from_bytes(data), Work(0, len(unit.points))
-    fits = fit_gate(unit.gate, unit.points, tree, target, select, seed)
-    store.put_artefact("gate-fits", key, fits_to_bytes(fits))
-    return fits, Work(len(unit.points), 0)
 
 
 def costs_of(
@@ -367,7 +322,7 @@ def stored_floats(
 
     They depend on the code of gates and on the libraries below it, too.
     """
-    key = fingerprint([depends_on, code_version(("quee_core.gate_costs", *_GRID_CODE)), environment_versions()])
+    key = fingerprint([depends_on, code_version(("quee_core.gate_costs", *GRID_CODE)), environment_versions()])
     data = store.get_artefact(kind, key)
     if data is None:
         data = json.dumps(measure()).encode()

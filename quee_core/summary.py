@@ -64,7 +64,7 @@ def choose_winner(
 ) -> Winner:
     """Replay every grid point on `select`, and take the best; a point that failed is reported, not chosen.
 
-    Raises NumericError if every point failed, with the first failure.
+    Raises NumericError if every point failed, with the first, its parameters and why.
     """
     low = float(priced.final.min())
     found: list[tuple[GridRow, GatePolicy | None, NDArray[np.float64], tuple[float, ...]]] = []
@@ -92,7 +92,7 @@ def choose_winner(
     best = int(np.argmax(volumes))
     first, winning, costs, gates = found[best]
     if winning is None:
-        raise NumericError(f"every point of the grid failed; the first: {first.failure}")
+        raise NumericError(f"every point of the grid failed; the first, {first.described}: {first.failure}")
     rows = tuple(r.model_copy(update={"winner": k == best}) for k, (r, *_) in enumerate(found))
     return Winner(points[best], winning, costs, gates, rows)
 

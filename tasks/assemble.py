@@ -10,10 +10,13 @@ from quee_core.config import SweepConfig
 from quee_core.data.splits import SplitName
 from quee_core.record import StageTiming
 from quee_core.runs import remove_other_folders
-from quee_core.stages import outcomes_of
+from quee_core.shared_outcomes import publish_cells
+from quee_core.stages import outcomes_of, split_cells
 from quee_core.tables import is_saved
 from tasks.progress import advance, stage
 from tasks.resolved import network_for, plan_of, store_of
+
+FITTED_ON: tuple[SplitName, ...] = ("target", "select")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Assembled:
     @property
     def fitted_on(self) -> str:
         """Fingerprint of what predictors are fitted and chosen on."""
-        return self.keys["target"] + self.keys["select"]
+        return "".join(self.keys[split] for split in FITTED_ON)
 
 
 @task(task_run_name="assemble-{sweep.name}", cache_policy=NO_CACHE)
@@ -47,4 +50,7 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, 
                 work.count(computed=1)
             advance("assemble tables", 1)
         remove_other_folders(folder.resolve(), folders.values())
+    if sweep.run.dask is not None:  # workers elsewhere read the tables themselves
+        for split in FITTED_ON:
+            publish_cells(store, keys[split], split_cells(plan, exits, calibration, split))
     return Assembled(folders, keys), work.timing()

@@ -12,6 +12,7 @@ from quee_core.deployment import export_winner
 from quee_core.evaluation import PricedTree, gate_decisions
 from quee_core.gate_costs import gate_bitops, gate_milliseconds
 from quee_core.grid import GateFit, GridPoint, grid_points
+from quee_core.grid_units import failures_key
 from quee_core.kept_evaluation import evaluation_key, find_evaluation, keep_evaluation
 from quee_core.plan import WALKED
 from quee_core.policy import GatePolicy
@@ -34,7 +35,8 @@ def evaluate(
     """The record of a sweep and its router below `folder`; an evaluation of the same outcomes is not repeated."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)
     router = router_folder(folder)
-    key = evaluation_key(plan, "".join(assembled.keys[split] for split in plan.walked), device_name(device))
+    outcomes = "".join(assembled.keys[split] for split in plan.walked)
+    key = evaluation_key(plan, outcomes + failures_key(fits), device_name(device))
     with stage("evaluate", 4, "steps") as work:
         record = find_evaluation(store, key, router)
         if record is None:

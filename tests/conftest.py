@@ -23,7 +23,7 @@ settings.register_profile("quee", deadline=None)  # a busy machine is slow, not 
 settings.load_profile("quee")
 
 
-def small_config(folder: Path, **sections: dict) -> SweepConfig:
+def small_config(folder: Path, **sections: dict | list) -> SweepConfig:
     """A sweep of seconds: 120 images a split, two bit-widths, two exits, the cheapest calibration."""
     raw = {
         "name": "small",
@@ -41,7 +41,7 @@ def small_config(folder: Path, **sections: dict) -> SweepConfig:
         "run": {"store": str(folder / "store"), "runs": str(folder / "runs"), "device": "cpu"},
     }
     for name, fields in sections.items():
-        raw[name] = {**raw.get(name, {}), **fields}
+        raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields
     return parse_config(raw, source="tests")
 
 

@@ -1,0 +1,123 @@
+"""Outcomes on another machine: a key is all that is sent, and the tables are read from the store there.
+
+What a key stands for is an artefact that names the cells of every path. A host assembles them once, into a folder
+that all processes on it map.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+
+import pyarrow as pa
+
+from quee_core.errors import ConfigError, DamagedTableError, StoreError
+from quee_core.paths import Path
+from quee_core.store import Store
+from quee_core.tables import Cell, Outcomes
+from quee_core.whole_files import disk_faults, whole_file
+
+KIND = "outcomes"
+UNUSED = 24 * 3600.0  # seconds after which another sweep's folder may go
+
+_SUMS = "sums.json"
+
+
+def publish_cells(store: Store, key: str, cells: Mapping[Path, Sequence[Cell]]) -> None:
+    """Say in the store which cells, shard by shard, each path's answers are made of. Raises StoreError."""
+    named = [[str(path), [cell.describe() for cell in shards]] for path, shards in cells.items()]
+    store.put_artefact(KIND, key, json.dumps(named).encode())
+
+
+def is_published(store: Store, key: str) -> bool:
+    """Whether `publish_cells` named the cells of `key` there. Raises StoreError if the store can't be read."""
+    return store.get_artefact(KIND, key) is not None
+
+
+def read_outcomes(store: Store, key: str) -> Outcomes:
+    """The outcomes whose cells were published under `key`; each table's checksum is compared on the way.
+
+    Raises StoreError where the store has no such outcomes or lacks a table, DamagedTableError for damaged ones.
+    """
+    data = store.get_artefact(KIND, key)
+    if data is None:
+        raise StoreError(f"{store.url}: no outcomes {key[:16]} there; name a store that all workers reach")
+    try:
+        cells = {Path.parse(path): [_cell(given) for given in shards] for path, shards in json.loads(data)}
+    except (ValueError, TypeError, KeyError, ConfigError) as error:
+        raise DamagedTableError(f"outcomes {key[:16]}: not a list of cells that quee wrote: {error}") from None
+    tables = [
+        (path, pa.concat_tables([store.get_table(cell) for cell in shards]).combine_chunks())
+        for path, shards in cells.items()
+    ]
+    return Outcomes.from_tables(tables)
+
+
+def mapped_outcomes(store: Store, key: str, folder: FilePath) -> Outcomes:
+    """The same, mapped from a folder below `folder`, which is filled from the store if it is not there or not whole.
+
+    Processes that ask at once wait for the first of them. Folders that nobody asked for in a day are removed; who
+    has mapped one keeps its arrays. Raises StoreError, DamagedTableError.
+    """
+    place = folder / key[:32]
+    with disk_faults(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder / f"{key[:32]}.lock"):
+            if not _is_whole(place):
+                shutil.rmtree(place, ignore_errors=True)
+                _remove_unused(folder)
+                read_outcomes(store, key).save(place)
+                sums = _sums(place)
+                with whole_file(place / _SUMS) as file:
+                    file.write(json.dumps(sums).encode())
+            os.utime(place)
+            return Outcomes.load(place)
+
+
+@contextmanager
+def _one_at_a_time(lock: FilePath) -> Iterator[None]:
+    # the kernel lets go of it with its holder, however that ends
+    with lock.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_whole(place: FilePath) -> bool:
+    try:
+        stated = json.loads((place / _SUMS).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(stated == _sums(place))
+
+
+def _sums(place: FilePath) -> dict[str, str]:
+    sums = {}
+    for path in sorted(place.iterdir()):
+        if path.name != _SUMS:
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _remove_unused(folder: FilePath) -> None:
+    oldest = time.time() - UNUSED
+    for other in folder.iterdir():
+        if other.is_dir() and other.stat().st_mtime < oldest:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _cell(given: Mapping[str, str | int]) -> Cell:
+    return Cell(
+        backbone=str(given["backbone"]),
+        dataset=str(given["dataset"]),
+        split=str(given["split"]),
+        path=Path.parse(str(given["path"])),
+        shard=int(given["shard"]),
+        shards=int(given["shards"]),
+        key=str(given["key"]),
+    )
