@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.champion import champion_app
 from flows.messages import log_to_stderr, reporting_faults
 from quee_core import __version__
 from quee_core.errors import ConfigError, did_you_mean
@@ -25,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(champion_app)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
 DataRootOption = Annotated[
@@ -83,6 +86,7 @@ def sweep(
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
+    from quee_core.runs import read_registration
 
     console = Console(stderr=as_json)
     record, report = run_sweep(sweep_config, console)
@@ -90,6 +94,8 @@ def sweep(
         typer.echo(record.model_dump_json(indent=2))
     else:
         print_record(record, console)
+    if (registration := read_registration(report.parent)) is not None:
+        console.print(f"router: {registration.line}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
 
 
@@ -314,6 +320,8 @@ def _quiet_surroundings(verbose: bool) -> None:
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if verbose else "CRITICAL",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # by default it waits four minutes for a server that is not there
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine is slow, not broken
     }

@@ -26,6 +26,7 @@ from tasks.evaluate import evaluate, write_report
 from tasks.extract import STAGE, extract
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
+from tasks.register import register
 from tasks.resolved import device_of, plan_of, store_of
 from tasks.track import track
 
@@ -41,7 +42,7 @@ RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its f
     validate_parameters=True,
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
-    """Fill the store with what it lacks, fit the grid, evaluate, report, track; returns the report's path."""
+    """Fill the store with what it lacks, fit the grid, evaluate, report, track, register; returns the report's path."""
     folder = sweep.run.runs / sweep.name
     store_of(sweep).sweep_orphans()  # what killed writers left
     timings = [calibrate(sweep), train_heads(sweep)]
@@ -49,7 +50,9 @@ def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the de
     fits, fitted = predict_grid(sweep, assembled)
     record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
-    track(sweep, record, folder, report)
+    run, _ = track(sweep, record, folder, report)
+    registration, _ = register(sweep, record, folder, report, run)
+    get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return str(report)
 

@@ -1,0 +1,1 @@
+"""What runs around quee: files that servers load."""
