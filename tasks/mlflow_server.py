@@ -43,6 +43,8 @@ def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
+        if "Max retries exceeded" in why:  # the rest is urllib3's, which names the address three times
+            why = "no server answers there" if "NewConnectionError" in why else "the server breaks off"
         raise ServerError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
 
 
@@ -55,9 +57,10 @@ def sweep_advice(report: FilePath) -> str:
 
 
 def client_of(uri: str) -> MlflowClient:
-    """A client whose libraries log warnings alone."""
+    """A client of the server or database at `uri`; its libraries log no more than what went wrong."""
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news, a failure is told
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -16,6 +16,7 @@ from quee_core.quantize.calibration import Calibration
 from quee_core.stages import branches_of, cells_of, extract_branch, network_of, outcomes_of
 from quee_core.store import Store
 from quee_core.tables import Outcomes
+from tests.mlflow_server import mlflow_server  # noqa: F401 (a fixture)
 
 settings.register_profile("quee", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("quee")
