@@ -4,6 +4,7 @@ Relative costs of different backbones are shares of different wholes, and millis
 fronts are priced in BitOps per image, whatever the sweep's unit.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -161,12 +162,11 @@ def bitops_costs(rows: tuple[SegmentCost, ...], tree: PathTree) -> CostTable:
 def dataset_name(dataset: str, config: Mapping[str, Any]) -> str:
     """What a data set is called among registered models; a user's own has the name of its folder in it.
 
-    config: of a record.
+    config: of a record. What is no letter, digit, "_", "." or "-" becomes "-".
     """
     root = config.get("dataset", {}).get("root")
-    if dataset not in SHARED_NAMES or root is None:
-        return dataset
-    return f"{dataset}-{FilePath(root).resolve().name or 'root'}"
+    own = dataset in SHARED_NAMES and root is not None
+    return re.sub(r"[^\w.-]", "-", f"{dataset}-{FilePath(root).resolve().name}" if own else dataset, flags=re.ASCII)
 
 
 def _differing(one: ServedFront, other: ServedFront) -> str | None:
