@@ -9,7 +9,6 @@ from pathlib import Path as FilePath
 
 import mlflow.pyfunc
 import numpy as np
-import pandas as pd
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
@@ -23,7 +22,7 @@ FRONT_ARTIFACT = f"artifacts/{FRONT}"
 # what serving imports; a test compares it with what is loaded then
 SERVING = (
     "mlflow", "torch", "torchvision", "timm", "huggingface-hub", "safetensors", "numpy", "pandas", "scipy",
-    "scikit-learn", "pyarrow", "fsspec", "pydantic", "pyyaml", "pillow",
+    "scikit-learn", "pyarrow", "pydantic", "pyyaml", "pillow",
 )  # fmt: skip
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
@@ -58,7 +57,7 @@ def package_router(router: FilePath, front: FilePath, folder: FilePath, model: M
         artifacts={"router": str(router), "front": str(front)},
         code_paths=[str(code / "quee_core")],
         signature=SIGNATURE,
-        input_example=pd.DataFrame({"image": [example_image(router)]}),
+        input_example={"image": [example_image(router)]},
         pip_requirements=serving_requirements(),
     )
     for cache in folder.rglob("__pycache__"):
