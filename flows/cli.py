@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.backbones import app as backbones_app
+from flows.champion import champion_app
 from flows.messages import log_to_stderr, reporting_faults
 from quee_core import __version__
 from quee_core.errors import ConfigError
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(backbones_app, name="backbones")
+
+app.add_typer(champion_app)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
 DataRootOption = Annotated[
@@ -91,6 +94,7 @@ def sweep(
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
+    from quee_core.runs import read_registration
 
     console = Console(stderr=as_json)
     record, report = run_sweep(sweep_config, console)
@@ -98,6 +102,8 @@ def sweep(
         typer.echo(record.model_dump_json(indent=2))
     else:
         print_record(record, console)
+    if (registration := read_registration(report.parent)) is not None:
+        console.print(f"router: {registration.line}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
 
 
@@ -309,6 +315,8 @@ def _quiet_surroundings(verbose: bool) -> None:
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING" if verbose else "CRITICAL",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # by default it waits four minutes for a server that is not there
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "quee_core,quee",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",

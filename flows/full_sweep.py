@@ -28,10 +28,12 @@ from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate, write_report
 from tasks.extract import CELLS, STAGE, extract
 from tasks.grid_cluster import check_cluster
+from tasks.mlflow_server import run_address
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
+from tasks.register import register
 from tasks.resolved import device_of, plan_of, store_of
-from tasks.track import run_address, track
+from tasks.track import track
 
 BRANCHES_AT_A_TIME = max(1, torch.cuda.device_count())  # each has a device of the process to itself
 STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
@@ -46,7 +48,7 @@ RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its f
     validate_parameters=True,
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
-    """Fill the store with what it lacks, fit the grid, evaluate, report, track; returns the report's path."""
+    """Fill the store with what it lacks, fit the grid, evaluate, report, track, register; returns the report's path."""
     with on_the_run_page():
         return str(swept(sweep, sweep.run.runs / sweep.name))
 
@@ -60,8 +62,10 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
     tracked, _ = track(sweep, record, folder, report)
+    registration, _ = register(sweep, record, folder, report, tracked)
     if named_server() is not None:
         show_front(record, report, run_address(sweep, tracked))
+    get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return report
 

@@ -22,7 +22,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
 from quee_core.errors import ServerError
-from quee_core.redaction import without_credentials
+from quee_core.redaction import without_secrets
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _EPHEMERAL = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
@@ -40,7 +40,7 @@ def check_server() -> str:
         raise ServerError(
             "no Prefect server is named: set PREFECT_API_URL, such as http://127.0.0.1:4200/api (`make ui` starts one)"
         )
-    place = without_credentials(url)
+    place = without_secrets(url)
     try:
         with get_client(sync_client=True) as client:
             client.raise_for_api_version_mismatch()

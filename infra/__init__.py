@@ -1,1 +1,1 @@
-"""What runs around quee: deployment, servers on loopback."""
+"""What runs around quee: deployment, servers on loopback, what an MLflow server loads."""

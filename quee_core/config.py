@@ -262,6 +262,11 @@ class RunConfig(Section):
     )
     runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
     mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
+    artifacts: str | None = Field(
+        None,
+        description="Folder or URL (s3://bucket/folder) for figures and models of MLflow experiments that are new; by "
+        "default a folder beside MLflow's SQLite file, and what the server says where mlflow_uri names one.",
+    )
     dask_workers: int = Field(2, ge=1, le=256, description="Threads of the in-process Dask cluster.")
     dask: str | None = Field(
         None,

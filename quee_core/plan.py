@@ -125,6 +125,13 @@ class SweepPlan:
 
     def images_fingerprint(self, selections: tuple[Selection, ...]) -> str:
         """sha256 over the ids, labels and contents of the selected images, and their preprocessing."""
+        return fingerprint([self._contents(selections), self.preprocessing.fingerprint()])
+
+    def split_fingerprint(self, split: SplitName) -> str:
+        """sha256 over the ids, labels and contents of a split's images: the same for every backbone."""
+        return fingerprint(self._contents(self.splits[split]))
+
+    def _contents(self, selections: tuple[Selection, ...]) -> list[tuple[str, str]]:
         known = self._fingerprints
         parts = []
         for s in selections:
@@ -132,7 +139,7 @@ class SweepPlan:
             if key not in known:
                 known[key] = self.dataset.fingerprint(s.part, s.positions)
             parts.append((s.part, known[key]))
-        return fingerprint([parts, self.preprocessing.fingerprint()])
+        return parts
 
     @cached_property
     def _fingerprints(self) -> dict[tuple[str, bytes], str]:

@@ -178,3 +178,17 @@ class SweepRecord(Frozen):
     versions: dict[str, str]
     seeds: dict[str, int]
     fingerprints: dict[str, str]
+
+
+class Registration(Frozen):
+    """What became of a sweep's router in the model registry: kept in the run's folder, beside the record."""
+
+    model: str
+    version: int
+    champion: bool  # whether it is the one in service, when this was written
+    line: str  # the same for a reader
+
+
+def images_key(split: str) -> str:
+    """Where a record's fingerprints have that of a split's images: ids, labels and contents, not preprocessed."""
+    return f"images of {split}"

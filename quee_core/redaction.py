@@ -1,10 +1,29 @@
-"""Addresses as they may be shown: without the user and password that some carry."""
+"""Secrets out of what is logged: passwords in URLs, keys in their queries."""
 
 import re
+from typing import Any
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+# A password may hold a raw "/" or "@", so what stands before the last "@" goes: in the authority, or behind a
+# colon that no port follows.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/?#\s\"'<>]*@|[^/?#\s\"'<>:@]*:(?!\d+(?:[/?#\s\"'<>]|$))[^\s\"'<>]*@)")
+_QUERY = re.compile(
+    r"([?&;](?:[\w.-]*(?:password|passwd|pwd|secret|token|signature|credential|api[-_]?key|access[-_]?key)[\w.-]*|sig)=)"
+    r"[^&;#\s\"'<>]*",
+    re.IGNORECASE,
+)
 
 
-def without_credentials(text: str) -> str:
-    """`text` with user and password taken out of every address in it."""
-    return _CREDENTIALS.sub("", text)
+def without_secrets(text: str) -> str:
+    """`text` with `user:password@` cut out of every URL in it, and the values of secret query fields replaced by …."""
+    return _QUERY.sub(r"\1…", _CREDENTIALS.sub("", text))
+
+
+def redacted(value: Any) -> Any:
+    """A plain value (mappings, sequences, scalars) with every text in it, keys apart, `without_secrets`."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {key: redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(redacted(inner) for inner in value)
+    return value

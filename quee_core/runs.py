@@ -7,11 +7,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quee_core.errors import ConfigError, StoreError, did_you_mean, first_misfit
-from quee_core.record import SweepRecord
+from quee_core.fingerprints import fingerprint
+from quee_core.record import Registration, SweepRecord
+from quee_core.redaction import redacted
 from quee_core.whole_files import disk_faults, whole_file
 
 RECORD = "record.json"
 REPORT = "report.html"
+REGISTRATION = "registration.json"
 ROUTER = "router"
 ROUTER_MANIFEST = "router.json"
 
@@ -56,6 +59,24 @@ def read_record(path: Path) -> SweepRecord:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         raise StoreError(f"{path}: not a record of this version of quee: {first_misfit(error)}") from None
+
+
+def record_digest(record: SweepRecord) -> str:
+    """Fingerprint of what a sweep found, whenever and however fast it found it, and whatever the passwords were."""
+    return fingerprint(redacted(record.model_dump(mode="json", exclude={"created", "timings"})))
+
+
+def write_registration(registration: Registration, folder: Path) -> None:
+    """Write what became of a run's router into its `folder`. Raises StoreError for a full or read-only disk."""
+    write_text(folder / REGISTRATION, registration.model_dump_json(indent=2))
+
+
+def read_registration(folder: Path) -> Registration | None:
+    """What `write_registration` wrote into a run's folder; None if there is nothing of the kind."""
+    try:
+        return Registration.model_validate_json((folder / REGISTRATION).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def find_router(run: str, runs: Path) -> Path:

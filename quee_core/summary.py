@@ -32,7 +32,8 @@ from quee_core.grid import GateFit, GridPoint, assemble, mean_quality, targets_o
 from quee_core.paths import FULL_PRECISION, ROOT
 from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy
-from quee_core.record import GridRow, SegmentCost, SweepRecord
+from quee_core.record import GridRow, SegmentCost, SweepRecord, images_key
+from quee_core.redaction import redacted
 from quee_core.shipping import Shipped
 from quee_core.tables import Outcomes
 
@@ -151,7 +152,7 @@ def summarise(
         uniform_accuracies=uniform_accuracies(priced, test),
         grid=winner.rows,
         timings=(),
-        config=config.model_dump(mode="json"),
+        config=redacted(config.model_dump(mode="json")),
         versions=library_versions(),
         seeds={
             "splits": config.dataset.seed, "heads": config.heads.seed, "grid": config.seed, "paths": config.paths.seed,
@@ -162,6 +163,7 @@ def summarise(
             "calibration": plan.calibration_key,
             "exits": plan.exits_key,
             "preprocessing": plan.preprocessing.fingerprint(),
+            **{images_key(split): plan.split_fingerprint(split) for split in plan.splits},
         },
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from quee_core.quantize.calibration import Calibration
 from quee_core.stages import branches_of, cells_of, extract_branch, network_of, outcomes_of
 from quee_core.store import Store
 from quee_core.tables import Outcomes
+from tests.mlflow_server import mlflow_server  # noqa: F401 (a fixture)
 from tests.s3_gate import s3_gate  # noqa: F401 (a fixture)
 from tests.s3_server import s3_environment, s3_server  # noqa: F401 (fixtures)
 

@@ -26,6 +26,7 @@ from tests.quee_command import QUEE, refused, write_config
 
 ALL: Any = get_command(app)
 COMMANDS: dict[tuple[str, ...], Any] = {(): ALL} | {(name,): command for name, command in ALL.commands.items()}
+COMMANDS |= {("champion", name): command for name, command in ALL.commands["champion"].commands.items()}
 
 
 def run(*arguments: object, folder: Path, timeout: float = 420) -> subprocess.CompletedProcess[str]:
@@ -130,7 +131,7 @@ def test_every_command_option_and_argument_has_help(
     names = [name for p in command.params for name in (*p.opts, *p.secondary_opts)]
     assert [name for name in names if name.startswith("-") and name not in shown] == []
     if not words:
-        assert {"sweep", "plan", "report", "route", "backbones", "datasets"} <= set(shown)
+        assert {"sweep", "plan", "report", "route", "champion", "backbones", "datasets"} <= set(shown)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OWN = ("quee_core", "tasks", "flows")
+OWN = ("quee_core", "tasks", "flows", "infra")
 
 
 def normalised(distribution: str) -> str:

@@ -1,0 +1,88 @@
+"""Where MLflow is, how its faults are told, and the experiment of a sweep."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from quee_core.config import SweepConfig
+from quee_core.errors import ServerError
+from quee_core.record import SweepRecord
+from quee_core.redaction import without_secrets
+
+DATABASE = "mlflow.db"
+
+
+def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
+    """Tracking URI, and place of artifacts of new experiments (None: the server's own).
+
+    Those of the sweep, or SQLite and a folder below the runs.
+    """
+    asked = sweep.run.artifacts
+    artifacts = asked if asked is None or "://" in asked else FilePath(asked).resolve().as_uri()
+    if sweep.run.mlflow_uri is not None:
+        return sweep.run.mlflow_uri, artifacts
+    root = sweep.run.runs.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    return database_uri(root), artifacts or (root / "mlartifacts").as_uri()
+
+
+def database_uri(runs: FilePath) -> str:
+    """Tracking URI of the SQLite file in a folder of runs."""
+    return f"sqlite:///{runs.resolve() / DATABASE}"
+
+
+def run_address(sweep: SweepConfig, run: str) -> str | None:
+    """Where a browser finds a tracked run; None where no server tracks."""
+    uri, _ = tracking_of(sweep)
+    if not uri.startswith(("http://", "https://")):
+        return None
+    experiment = client_of(uri).get_run(run).info.experiment_id
+    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
+
+
+@contextmanager
+def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
+    """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if "Max retries exceeded" in why:  # the rest is urllib3's, which names the address three times
+            why = "no server answers there" if "NewConnectionError" in why else "the server breaks off"
+        raise ServerError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
+
+
+def sweep_advice(report: FilePath) -> str:
+    """That nothing but the tracking is lost."""
+    return (
+        f"the sweep is finished, its report is {report}; mend this and run the same command again to track and "
+        "register it"
+    )
+
+
+def client_of(uri: str) -> MlflowClient:
+    """A client of the server or database at `uri`; its libraries log no more than what went wrong."""
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news, a failure is told
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_of(client: MlflowClient, record: SweepRecord, artifacts: str | None) -> str:
+    """Id of the experiment of a backbone and a data set, made if there is none, with its artifacts at `artifacts`."""
+    name = f"{record.backbone} on {record.dataset}"
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name, artifact_location=artifacts))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another process made it first
+        if found is None:
+            raise
+        return str(found.experiment_id)
