@@ -1,5 +1,6 @@
 """What Prefect's page of a run shows beside its tasks: how far each stage is, and the front at the end."""
 
+import base64
 import re
 import time
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from threading import Lock
 from uuid import UUID
 
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -72,7 +74,7 @@ class RunPage:
 
 
 def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
-    """Add the front at each budget as a table, and links to the report and to MLflow's run where they have addresses.
+    """Add the front at each budget as a table, its picture where one was drawn, and links to the report and to MLflow.
 
     tracked: address of MLflow's run, None where it is not tracked by a server.
     """
@@ -92,6 +94,9 @@ def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
             for row in record.budgets
         ],
     )
+    if (picture := report.parent / "figures" / "front.png").is_file():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        create_image_artifact(key=artifact_key(f"{record.name}-picture"), image_url=f"data:image/png;base64,{data}")
     create_link_artifact(key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report")
     if tracked is not None:
         create_link_artifact(key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow")
