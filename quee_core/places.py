@@ -36,6 +36,7 @@ def open_place(url: str, *, patience: float = PATIENCE) -> "Place":
             from quee_core.s3_place import S3Place  # imports botocore, which takes its time
 
             return S3Place.at(url, patience)
+        # another writer's files must show, so listings are never kept
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = _EXTRAS.get(protocol)

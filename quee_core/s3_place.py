@@ -121,7 +121,7 @@ class S3Place(Place):
 
         Raises StoreUnreachableError if it does not, StoreError at once for what can't.
         """
-        until, pause, told_so = time.monotonic() + self._patience, _FIRST_PAUSE, False
+        began, pause, told_so = time.monotonic(), _FIRST_PAUSE, False
         while True:
             try:
                 return work()
@@ -132,10 +132,11 @@ class S3Place(Place):
                 told = f"{self.shown(location)}: cannot be {doing}: {fault.why}"
                 if not fault.passes:
                     raise StoreError(told) from error
-                left = until - time.monotonic()
+                tried = time.monotonic() - began
+                left = self._patience - tried
                 if left <= 0:
                     raise StoreUnreachableError(
-                        f"{told}, for {self._patience:g} s now; see that the server runs and AWS_ENDPOINT_URL is its "
+                        f"{told}, for {tried:.0f} s now; see that the server runs and AWS_ENDPOINT_URL is its "
                         "address, and run again: what is finished is kept"
                     ) from error
                 if pause > 1 and not told_so:

@@ -87,7 +87,9 @@ def test_what_does_not_pass_in_time_is_told_apart(s3_gate: S3Gate, url: str) -> 
     store = Store.open(url, patience=1)
     s3_gate.judge = lambda _: Answer(503, "SlowDown")
     began = time.monotonic()
-    with pytest.raises(StoreUnreachableError, match=r"refuses it for the moment \(SlowDown, status 503\), for 1 s now"):
+    with pytest.raises(
+        StoreUnreachableError, match=r"refuses it for the moment \(SlowDown, status 503\), for \d+ s now"
+    ):
         store.get_artefact("heads", "abc")
     assert time.monotonic() - began >= 1
     assert 2 <= len(s3_gate.requests) <= 8  # with growing pauses
