@@ -60,7 +60,7 @@ def cluster_client(run: RunConfig) -> Iterator[Client]:
     try:
         asyncio.run(_knock(run.dask, security, run.dask_timeout))
         client = Client(run.dask, security=security, timeout=run.dask_timeout, name="quee", set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last where it speaks another version of Dask's protocol
         raise _unreachable(run, error) from None
     try:
         yield client
