@@ -34,11 +34,6 @@ def publish_cells(store: Store, key: str, cells: Mapping[Path, Sequence[Cell]]) 
     store.put_artefact(KIND, key, json.dumps(named).encode())
 
 
-def is_published(store: Store, key: str) -> bool:
-    """Whether `publish_cells` named the cells of `key` there. Raises StoreError if the store can't be read."""
-    return store.get_artefact(KIND, key) is not None
-
-
 def read_outcomes(store: Store, key: str) -> Outcomes:
     """The outcomes whose cells were published under `key`; each table's checksum is compared on the way.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from distributed import Client, LocalCluster
-from distributed.comm.core import CommClosedError, FatalCommClosedError, connect
+from distributed.comm.core import CommClosedError, connect
 from distributed.security import Security
 from threadpoolctl import threadpool_limits
 
@@ -60,7 +60,7 @@ def cluster_client(run: RunConfig) -> Iterator[Client]:
     try:
         asyncio.run(_knock(run.dask, security, run.dask_timeout))
         client = Client(run.dask, security=security, timeout=run.dask_timeout, name="quee", set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last where it speaks another version of Dask's protocol
         raise _unreachable(run, error) from None
     try:
         yield client
@@ -173,7 +173,7 @@ def _security(tls: DaskTLSConfig) -> Security:
 
 def _unreachable(run: RunConfig, error: Exception) -> ServerError:
     why = in_one_line(error)
-    if isinstance(error, FatalCommClosedError):
+    if isinstance(error, CommClosedError) and run.dask_tls is not None:  # refused by an alert, or by an end without one
         return ServerError(
             f"run.dask: the scheduler at {run.dask} does not let us in ({why}); see that it speaks TLS, and that its "
             "certificate and run.dask_tls.cert are signed by the authority run.dask_tls.ca"

@@ -27,8 +27,8 @@ class DaskProcess:
         with self.log.open("ab") as file:
             self._process = subprocess.Popen(
                 # the kernel ends it with the tests' process, should that be killed itself
-                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "dask", *map(str, arguments)], cwd=folder, env=os.environ | env,
-                stdout=file, stderr=file, start_new_session=True,
+                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "dask", *map(str, arguments)],
+                cwd=folder, env=os.environ | env, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
 
     @property

@@ -22,10 +22,7 @@ from quee_core.config import SweepConfig
 from quee_core.errors import ConfigError, ServerError, StoreError
 from quee_core.grid import GateFit, fits_to_bytes, grid_points
 from quee_core.grid_units import GridUnit, grid_units
-from quee_core.shared_outcomes import publish_cells
-from quee_core.stages import outcomes_of, split_cells
-from quee_core.store import Store
-from tasks.assemble import FITTED_ON, Assembled
+from tasks.assemble import FITTED_ON, Assembled, assemble_outcomes
 from tasks.grid_cluster import check_cluster, cluster_client, grid_client
 from tasks.grid_run import run_grid
 from tasks.predict_grid import grid_job, predict_grid
@@ -63,19 +60,11 @@ class Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(small_sweep: SmallSweep, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder, keys, folders = tmp_path_factory.mktemp("prepared"), {}, {}
-    for split in FITTED_ON:
-        outcomes, keys[split] = outcomes_of(
-            small_sweep.plan, small_sweep.store, small_sweep.exits, small_sweep.calibration, split
-        )
-        folders[split] = folder / split
-        outcomes.save(folders[split])
-    store = Path(small_sweep.plan.config.run.store)
-    shutil.copytree(store, folder / "store", ignore=shutil.ignore_patterns("gate-fits"))
-    for split in FITTED_ON:
-        cells = split_cells(small_sweep.plan, small_sweep.exits, small_sweep.calibration, split)
-        publish_cells(Store.open(folder / "store"), keys[split], cells)
-    return Prepared(folder / "store", Assembled(folders, keys))
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(small_sweep.plan.config.run.store, folder / "store", ignore=shutil.ignore_patterns("gate-fits"))
+    sweep = small_config(folder, run={"dask": "tcp://127.0.0.1:9"})  # for workers elsewhere; assembly needs none
+    assembled, _ = assemble_outcomes.fn(sweep, folder / "outcomes")
+    return Prepared(folder / "store", assembled)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from quee_core.errors import DamagedTableError, StoreError
 from quee_core.paths import Path as BitPath
-from quee_core.shared_outcomes import KIND, UNUSED, is_published, mapped_outcomes, publish_cells, read_outcomes
+from quee_core.shared_outcomes import KIND, UNUSED, mapped_outcomes, publish_cells, read_outcomes
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
 from tests.feature_tables import PATHS, small_table
@@ -45,7 +45,6 @@ def assert_same(found: Outcomes, wanted: Outcomes) -> None:
 
 def test_what_was_published_is_read_back_and_mapped(published: tuple[Store, Outcomes], tmp_path: Path) -> None:
     store, wanted = published
-    assert is_published(store, KEY)
     assert_same(read_outcomes(store, KEY), wanted)
     mapped = mapped_outcomes(store, KEY, tmp_path / "host")
     assert_same(mapped, wanted)
