@@ -22,7 +22,7 @@ def write_images(figures: Mapping[str, go.Figure], folder: FilePath) -> bool:
     try:
         plotly.io.write_images(list(figures.values()), [folder / f"{name}.png" for name in figures], scale=2)
     except Exception as error:  # of the browser's many; the figures are there as HTML
-        logger.warning("figures as PNG are left out: %s", (str(error) or type(error).__name__).splitlines()[0])
+        logger.warning("figures as PNG are left out: %s", " ".join(str(error).split()) or type(error).__name__)
         return False
     return True
 

@@ -1,6 +1,7 @@
 """Where MLflow is, how its faults are told, and the experiment of a sweep."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -15,6 +16,8 @@ from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
 
 DATABASE = "mlflow.db"
+# MLflow reads them from the environment alone; the first prints a line, and asks the server, for each run that ends
+_QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
@@ -67,6 +70,8 @@ def sweep_advice(report: FilePath) -> str:
 
 def client_of(uri: str) -> MlflowClient:
     """A client of the server or database at `uri`; its libraries log no more than what went wrong."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news, a failure is told

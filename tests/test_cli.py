@@ -57,7 +57,8 @@ def check_tracked(folder: Path, record: SweepRecord) -> set[str]:
 
     figures = all_figures(record)
     own = parent.info.run_id
-    assert {f"figures/{name}.html" for name in figures} == {f.path for f in client.list_artifacts(own, "figures")}
+    pages = {f.path for f in client.list_artifacts(own, "figures") if not f.path.endswith(".png")}
+    assert {f"figures/{name}.html" for name in figures} == pages
     for name, figure in figures.items():
         page = Path(client.download_artifacts(own, f"figures/{name}.html", str(folder))).read_text("utf-8")
         assert to_json_plotly(figure.to_plotly_json()["data"]) in page, name
@@ -84,6 +85,8 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert (tmp_path / "runs" / "small" / "report.html").stat().st_size > 1_000_000
     assert not any(row.failure for row in record.grid)
     tracked = check_tracked(tmp_path, record)
+    routed = "router: quee-router-fashion_mnist version 1 (champion): the first router of its data set"
+    assert routed in first.stderr
 
     second = run("sweep", config, "--json", folder=tmp_path)
     assert second.returncode == 0, second.stderr
@@ -92,6 +95,7 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert computed["calibrate"] == computed["train heads"] == computed["extract"] == computed["fit the grid"] == 0
     assert again.fronts == record.fronts
     assert again.budgets == record.budgets
+    assert routed in second.stderr
     assert {r.info.run_id for r in tracked_runs(tmp_path, record)[1]} == tracked, "a rerun is not tracked again"
 
     compared = json.loads(run("compare", "small", "--against", "small", "--json", folder=tmp_path).stdout)

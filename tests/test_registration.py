@@ -70,7 +70,6 @@ def three(
 ) -> Iterator[Registered]:
     folder = tmp_path_factory.mktemp("three")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         runs = (
             finished_run.copy("cheap", slice(0, 1), folder / "cheap"),

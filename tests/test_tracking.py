@@ -53,7 +53,6 @@ def runs_of(client: MlflowClient, record: SweepRecord) -> list[Run]:
 @pytest.fixture
 def client(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return MlflowClient(tracking_uri=mlflow_server.url)
 
 
@@ -122,11 +121,14 @@ def test_everything_arrives_and_no_secret_does(
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_the_same_findings_are_tracked_once(client: MlflowClient, mlflow_server: MlflowServer, tmp_path: Path) -> None:
+def test_the_same_findings_are_tracked_once(
+    client: MlflowClient, mlflow_server: MlflowServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record, sweep = record_of("once"), sweep_at(mlflow_server.url, tmp_path)
     first = tracked(sweep, record, tmp_path)
     known = {run.info.run_id for run in runs_of(client, record)}
     assert len(known) == 1 + len(record.grid)
+    assert capsys.readouterr() == ("", "")  # MLflow prints addresses, which `quee sweep --json` must not
     later = record.model_copy(update={"created": "2031-01-01T00:00:00+00:00"})
     assert tracked(sweep, later, tmp_path) == first
     assert {run.info.run_id for run in runs_of(client, record)} == known
