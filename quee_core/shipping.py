@@ -1,11 +1,12 @@
 """The front that ships: at every price the rule that has shown itself best, simple ones first (design, sections 9, 11).
 
 Ladders of exits, cascades of second looks and the gates' predictions compete at every price λ on images that their
-thresholds or predictors were not fitted to. The simplest wins unless another is better by more than its standard error,
-the gates by more than two: the best of many noisy candidates looks better than it is, and a front that changes its mind
-at every price pays for it. An answer counts half by its label, half by what a teacher thinks of it (teacher.py), which
-has less noise; and where there is no label, by the teacher alone. Whether a difference is clear is told by both, so
-weighed that the teacher's bias on unlabelled images cannot decide it.
+thresholds or predictors were not fitted to. The simplest wins unless another is better by more than two standard
+errors: the best of many noisy candidates looks better than it is, and a front that changes its mind at every price pays
+for it.
+An answer counts half by its label, half by what a teacher thinks of it (teacher.py), which has less noise; and where
+there is no label, by the teacher alone. Whether a difference is clear is told by both, so weighed that the teacher's
+bias on unlabelled images cannot decide it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ MAX_LOOKS = 3
 MAX_SEARCHED = 24  # uniform paths that cascades are made of; of more, some exits are left out
 SEARCHED_WITH = "margin"
 BEAM = 6  # cascades that are kept for each price
-GATES_BETTER_BY = 2.0  # standard errors: they are judged on the images that they were picked on out of a grid
+BETTER_BY = 2.0  # standard errors of the difference
 TEACHER_SHARE = 0.5  # of an error; the label has the rest
 MAX_PRICES = 60  # of the grid, evenly spread; the hull between them is time-shared
 
@@ -92,9 +93,9 @@ def choose_rules(
     wins at a price is seen in cross-validation, or for the gates, whose predictors were fitted on `target`, on
     `select`. The full path is the last, unless another rule is clearly more accurate: that fewer bits are as good is
     more than so few images can show. Which looks make a cascade was searched for on all of these images, and the gates'
-    training was stopped, and their grid ranked, on `select`: a favour to both that the standard error has to outweigh,
-    for the gates twice. Rules that time-sharing among others beats are dropped, by what each gives where it was tuned:
-    all are flattered alike there, and cross-validation's noise would drop good ones.
+    training was stopped, and their grid ranked, on `select`: a favour to both that the standard errors outweigh. Rules
+    that time-sharing among others beats are dropped, by what each gives where it was tuned: all are flattered alike
+    there, and cross-validation's noise would drop good ones.
     Raises ConfigError for bad prices, ShapeMismatchError where the gates' prices are not `prices`.
     """
     grid = check_prices(prices)
@@ -195,7 +196,7 @@ class _Point:
     accuracy: float
 
     def clearly_better_than(self, other: "_Point", price: float) -> bool:
-        """Whether mean error + `price` · cost is lower by more than the standard errors that the rule is asked for.
+        """Whether mean error + `price` · cost is lower by more than `BETTER_BY` standard errors of the difference.
 
         On the images that both were seen on; gates on those of `select`, all of which have labels.
         """
@@ -203,8 +204,7 @@ class _Point:
         own, rival = (each.wrong if gates else each.weighed for each in (self, other))
         common = min(len(own), len(rival))
         gain = (rival + price * other.costs)[-common:] - (own + price * self.costs)[-common:]
-        needed = GATES_BETTER_BY if isinstance(self.rule, GateRule) else 1.0
-        return bool(gain.mean() > needed * gain.std() / np.sqrt(common) and gain.mean() > 0)
+        return bool(gain.mean() > BETTER_BY * gain.std() / np.sqrt(common) and gain.mean() > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +301,7 @@ class _Contest:
         )
 
     def winner(self, k: int, simple: Sequence[_Trial], others: Sequence[_Trial]) -> _Point:
-        """The best simple rule at price k, or the best of the others where it is better beyond its standard error."""
+        """The best simple rule at price k, or the best of the others where it is clearly better."""
         best = self._point(min(simple, key=lambda trial: trial.loss[k]), k)
         if challengers := [trial for trial in others if k in trial.loss]:
             challenger = self._point(min(challengers, key=lambda trial: trial.loss[k]), k)
