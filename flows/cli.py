@@ -119,8 +119,9 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
+    from quee_core.devices import choose_device
     from quee_core.estimate import estimate
-    from quee_core.plan import choose_device, resolve
+    from quee_core.plan import resolve
     from quee_core.store import Store
 
     asked = _configured(config, data_root, checkpoint, store, device, limit)
@@ -208,7 +209,7 @@ def route(
     """Answer IMAGEs with a finished run's router: label, probability, the path that each one took, its cost."""
     from flows.routing import print_answers, route_files
     from quee_core.deployment import load_router
-    from quee_core.plan import choose_device
+    from quee_core.devices import choose_device
     from quee_core.runs import find_router
 
     if price is not None and budget is not None:

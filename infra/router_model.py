@@ -16,8 +16,8 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from quee_core.data.decoding import decode
 from quee_core.deployment import DeployedRouter, load_router
+from quee_core.devices import choose_device
 from quee_core.errors import ConfigError, DataError
-from quee_core.plan import choose_device
 from quee_core.shipping import Rule
 
 BATCH = 64

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path as FilePath
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from quee_core.backbones.fetched import fetch_checkpoint, is_remote
@@ -18,7 +17,7 @@ from quee_core.data.datasets import UNLABELLED, ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.data.splits import Selection, SplitName, choose_splits, image_count, subsample
-from quee_core.errors import ConfigError, DataError, DeviceError
+from quee_core.errors import ConfigError, DataError
 from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
 from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
@@ -246,34 +245,6 @@ def resolve(config: SweepConfig) -> SweepPlan:
     preprocessing = Preprocessing.from_data_config(loaded.preprocessing)
     tree = config.paths.tree(loaded.backbone.depth)
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA where there is one. Raises DeviceError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"device {name!r}: unknown; want auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device {name!r}: not supported; want auto, cpu, cuda or cuda:N")
-    return device
-
-
-def choose_devices(name: str) -> tuple[torch.device, ...]:
-    """The devices that branches are spread over: all of CUDA's for "auto" where there are any, or the one named.
-
-    The first is what `choose_device` gives. Raises DeviceError for one that is not here.
-    """
-    first = choose_device(name)
-    if name != "auto" or first.type != "cuda":
-        return (first,)
-    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
 
 
 def _checkpoint_of(config: SweepConfig) -> FilePath | None:

@@ -10,8 +10,8 @@ from threading import Lock
 import torch
 
 from quee_core.config import SweepConfig
+from quee_core.devices import choose_devices
 from quee_core.network import PathNetwork
-from quee_core.plan import choose_devices
 from tasks.resolved import network_for
 
 _copying = Lock()

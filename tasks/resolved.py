@@ -7,9 +7,10 @@ from threading import Lock
 import torch
 
 from quee_core.config import SweepConfig
+from quee_core.devices import choose_device
 from quee_core.exits import FittedExits
 from quee_core.network import PathNetwork
-from quee_core.plan import SweepPlan, choose_device, resolve
+from quee_core.plan import SweepPlan, resolve
 from quee_core.quantize.calibration import Calibration
 from quee_core.stages import network_of
 from quee_core.store import Store
