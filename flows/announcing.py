@@ -4,6 +4,7 @@ import asyncio
 
 from prefect.events import Event, Resource
 from prefect.events.clients import get_events_client
+from websockets.exceptions import WebSocketException
 
 from flows.prefect_server import check_server
 from quee_core.errors import ServerError
@@ -20,7 +21,7 @@ def announce_backbone(name: str) -> str:
     )
     try:
         asyncio.run(_emit(event))
-    except OSError as error:
+    except (OSError, WebSocketException) as error:
         raise ServerError(
             f"Prefect server at {url}: it does not take events ({error}); is it the right one?"
         ) from error

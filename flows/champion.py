@@ -133,7 +133,9 @@ def _told(after: "Champion | None", before: "Champion | None", as_json: bool) ->
     elif was == after.version:
         typer.echo(f"{after.model}: version {after.version} is the champion already")
     else:
-        typer.echo(f"{after.model}: version {after.version} is the champion; before it {was and f'version {was}'}")
+        typer.echo(
+            f"{after.model}: version {after.version} is the champion; before it {f'version {was}' if was else 'none'}"
+        )
 
 
 def _print(found: dict[str, "Champion | None"], console: Console) -> None:

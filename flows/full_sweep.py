@@ -55,6 +55,7 @@ def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the de
 
 def swept(sweep: SweepConfig, folder: Path) -> Path:
     """The stages of a sweep; returns the report's path."""
+    check_places(sweep)
     store_of(sweep).sweep_orphans()  # what killed writers left
     timings = [calibrate(sweep), train_heads(sweep)]
     assembled, filled = fill_tables(sweep, folder / "outcomes")
@@ -64,7 +65,7 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     tracked, _ = track(sweep, record, folder, report)
     registration, _ = register(sweep, record, folder, report, tracked)
     if named_server() is not None:
-        show_front(record, report, run_address(sweep, tracked))
+        show_front(record, report, run_address(sweep, record, tracked))
     get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return report
@@ -112,11 +113,7 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
 
     What is wrong with the request, or with the places that it writes to, is told before anything starts.
     """
-    plan_of(sweep)
-    device_of(sweep)
-    store_of(sweep).check_room(STORE_ROOM)
-    check_room(sweep.run.runs, RUNS_ROOM)
-    check_cluster(sweep.run)
+    check_places(sweep)
     if named_server() is None:
         OwnServer()
     else:
@@ -124,6 +121,15 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     with SweepDisplay(console) as display, listening(display), prefect_faults():
         report = Path(full_sweep(sweep))
     return read_record(report.with_name("record.json")), report
+
+
+def check_places(sweep: SweepConfig) -> None:
+    """See that data, device, store, runs folder and Dask's cluster are what the sweep takes them for."""
+    plan_of(sweep)
+    device_of(sweep)
+    store_of(sweep).check_room(STORE_ROOM)
+    check_room(sweep.run.runs, RUNS_ROOM)
+    check_cluster(sweep.run)
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """The flow `quee-new-backbones`, deployed as `quee-new-backbones/watch`: a sweep for each backbone not swept yet."""
 
+import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
+from pydantic import Field
 
+from quee_core.backbones.registry import list_backbones
 from quee_core.backbones.shelf import Shelved, read_shelf
 from quee_core.config import BackboneConfig, SweepConfig
 from quee_core.errors import BackboneError, did_you_mean
@@ -19,12 +22,11 @@ NAME_LENGTH = 80  # of a sweep, as its configuration bounds it
 
 @dataclass(frozen=True)
 class Started:
-    """A backbone, and the run that sweeps it: `new` if this flow started it, or else what state it has."""
+    """A backbone, the run that sweeps it, and what state that has."""
 
     label: str
     run: str
     state: str
-    new: bool
 
 
 @flow(name="quee-new-backbones", validate_parameters=True)
@@ -33,7 +35,7 @@ def watch(
     folder: str | None = "backbones",
     names: tuple[str, ...] = (),
     announced: str | None = None,
-    attempts: int = 3,
+    attempts: Annotated[int, Field(ge=1)] = 3,
 ) -> list[Started]:
     """Start `quee/full-sweep` for each backbone that it has not swept.
 
@@ -45,7 +47,12 @@ def watch(
     shelved, faults = ([], []) if folder is None else read_shelf(folder)
     for fault in faults:
         get_run_logger().error("%s", fault)
-    found = [sweep_of(one, sweep, attempts) for one in wanted(shelved, names, announced)]
+    found = []
+    for one in wanted(shelved, names, announced):
+        try:
+            found.append(sweep_of(one, sweep, attempts))
+        except BackboneError as error:
+            faults.append(str(error))
     if faults:
         raise BackboneError(f"{len(faults)} of the backbones in {folder} cannot be swept: {'; '.join(faults)}")
     return found
@@ -60,8 +67,10 @@ def wanted(shelved: list[Shelved], names: tuple[str, ...], announced: str | None
         return [by_name[announced]]
     if any(one.label.partition("__")[0] == announced for one in shelved):
         return [one for one in shelved if one.label.partition("__")[0] == announced]
+    if announced in list_backbones():
+        return [published(announced)]
     raise BackboneError(
-        f"backbone {announced!r} was announced, but is neither in the folder nor among the names; "
+        f"backbone {announced!r} was announced, but is neither in the folder nor a name of quee's or timm's; "
         f"{did_you_mean(announced, by_name)}"
     )
 
@@ -75,7 +84,7 @@ def published(name: str) -> Shelved:
 @task(task_run_name="sweep-{one.label}", cache_policy=NO_CACHE)
 def sweep_of(one: Shelved, base: SweepConfig, attempts: int) -> Started:
     """The run that sweeps a backbone: the one that there is, or a new one if there is none or it has failed."""
-    name = f"{base.name}-{one.label}".replace("/", "-")[:NAME_LENGTH]
+    name = sweep_name(base.name, one.label)
     asked = base.model_copy(update={"name": name, "backbone": one.backbone}).model_dump(mode="json")
     run: FlowRun
     for attempt in range(attempts):
@@ -89,11 +98,19 @@ def sweep_of(one: Shelved, base: SweepConfig, attempts: int) -> Started:
         )  # fmt: skip
         state = run.state_name or "Scheduled"
         if run.state is None or not run.state.is_final() or run.state.is_completed():
-            new = run.state is not None and run.state.is_scheduled() and run.run_count == 0
             get_run_logger().info("%s: run %s, %s", one.label, run.name, state.lower())
-            return Started(one.label, str(run.id), state, new)
-    get_run_logger().error("%s: %d runs of it have failed; it is not tried again", one.label, attempts)
-    return Started(one.label, str(run.id), state, new=False)
+            return Started(one.label, str(run.id), state)
+    raise BackboneError(
+        f"{one.label}: {attempts} runs of it have failed, the last is {run.name}; it is not tried again"
+    )
+
+
+def sweep_name(base: str, label: str) -> str:
+    """What the sweep of a backbone is called: `base` and the label, in what a sweep's name may hold."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{base}-{label}")
+    if len(name) <= NAME_LENGTH and name.endswith(label):
+        return name
+    return f"{name[: NAME_LENGTH - 9]}-{fingerprint(label)[:8]}"  # what was cut or replaced may tell two apart
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """What Prefect's page of a run shows beside its tasks: how far each stage is, and the front at the end."""
 
 import base64
+import logging
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import cast
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -15,8 +20,11 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import PrefectException
 
 from quee_core.record import SweepRecord
+
+logger = logging.getLogger("quee.page")
 
 INTERVAL = 2.0  # seconds; each update is an event that the server stores
 LEAST_STEP = 1.0  # percent
@@ -40,7 +48,10 @@ class _Bar:
 
 
 class RunPage:
-    """A listener for `tasks.progress.listening` that keeps one progress artifact for each stage of the flow's run."""
+    """A listener for `tasks.progress.listening` that keeps one progress artifact for each stage of the flow's run.
+
+    The page is for people to look at: where the server does not take an update, the sweep goes on without it.
+    """
 
     def __init__(self) -> None:
         self._bars: dict[str, _Bar] = {}
@@ -48,10 +59,10 @@ class RunPage:
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Add the stage's bar."""
-        artifact = create_progress_artifact(progress=0.0, key=artifact_key(stage), description=f"{stage}: begun")
-        assert isinstance(artifact, UUID)
-        with self._lock:
-            self._bars[stage] = _Bar(artifact, total, unit, time.monotonic())
+        with _though_the_page_lacks_it():
+            artifact = create_progress_artifact(progress=0.0, key=artifact_key(stage), description=f"{stage}: begun")
+            with self._lock:
+                self._bars[stage] = _Bar(cast(UUID, artifact), total, unit, time.monotonic())
 
     def advance(self, stage: str, steps: int) -> None:
         """Move it, where enough has passed since the last time."""
@@ -64,13 +75,27 @@ class RunPage:
             if percent - bar.shown < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
-        update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}")
+        with _though_the_page_lacks_it():
+            update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}")
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
         """Say how the stage ended, and fill its bar if it is `whole`."""
-        bar = self._bars.pop(stage)
+        with self._lock:
+            bar = self._bars.pop(stage, None)
+        if bar is None:
+            return
         percent = 100.0 if whole else min(100.0, 100 * bar.done / max(bar.total, 1))
-        update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
+        with _though_the_page_lacks_it():
+            update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
+
+
+@contextmanager
+def _though_the_page_lacks_it() -> Iterator[None]:
+    """Log what Prefect's server refuses, and go on: a sweep of hours is worth more than its page."""
+    try:
+        yield
+    except (PrefectException, httpx.HTTPError) as error:
+        logger.warning("Prefect's page of the run lacks something: %s", " ".join(str(error).split())[:200])
 
 
 def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
@@ -78,28 +103,31 @@ def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
 
     tracked: address of MLflow's run, None where it is not tracked by a server.
     """
-    create_table_artifact(
-        key=artifact_key(f"{record.name}-front"),
-        description=f"{record.backbone} on {record.dataset}, n = {record.splits['test']} test images; "
-        f"budgets in {record.cost_unit} relative to the full path at {max(record.bits)} bits",
-        table=[
-            {
-                "budget": f"{row.budget:.3f}",
-                "accuracy %": f"{100 * row.accuracy:.2f}",
-                "95 %": f"[{100 * row.low:.2f}, {100 * row.high:.2f}]",
-                "best baseline %": f"{100 * row.baseline_accuracy:.2f} ({row.baseline})",
-                "difference": f"{100 * row.difference:+.2f}",
-                "its 95 %": f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]",
-            }
-            for row in record.budgets
-        ],
-    )
-    if (picture := report.parent / "figures" / "front.png").is_file():
-        data = base64.b64encode(picture.read_bytes()).decode()
-        create_image_artifact(key=artifact_key(f"{record.name}-picture"), image_url=f"data:image/png;base64,{data}")
-    create_link_artifact(key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report")
-    if tracked is not None:
-        create_link_artifact(key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow")
+    with _though_the_page_lacks_it():
+        create_table_artifact(
+            key=artifact_key(f"{record.name}-front"),
+            description=f"{record.backbone} on {record.dataset}, n = {record.splits['test']} test images; "
+            f"budgets in {record.cost_unit} relative to the full path at {max(record.bits)} bits",
+            table=[
+                {
+                    "budget": f"{row.budget:.3f}",
+                    "accuracy %": f"{100 * row.accuracy:.2f}",
+                    "95 %": f"[{100 * row.low:.2f}, {100 * row.high:.2f}]",
+                    "best baseline %": f"{100 * row.baseline_accuracy:.2f} ({row.baseline})",
+                    "difference": f"{100 * row.difference:+.2f}",
+                    "its 95 %": f"[{100 * row.difference_low:+.2f}, {100 * row.difference_high:+.2f}]",
+                }
+                for row in record.budgets
+            ],
+        )
+        if (picture := report.parent / "figures" / "front.png").is_file():
+            data = base64.b64encode(picture.read_bytes()).decode()
+            create_image_artifact(key=artifact_key(f"{record.name}-picture"), image_url=f"data:image/png;base64,{data}")
+        create_link_artifact(
+            key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report"
+        )
+        if tracked is not None:
+            create_link_artifact(key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow")
 
 
 def artifact_key(text: str) -> str:

@@ -12,7 +12,7 @@ def make_bucket(name: str) -> None:
     try:
         client.create_bucket(Bucket=name)
     except ClientError as error:
-        if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+        if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou",):
             raise
 
 

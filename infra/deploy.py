@@ -29,6 +29,7 @@ GPU_LIMIT = "tag:gpu"  # Prefect's name for the limit of tasks that carry the ta
 DEPLOYMENTS = ("quee/full-sweep", "quee-new-backbones/watch")
 DEFAULT_SWEEP = ROOT / "configs" / "quick.yaml"  # that of prefect.yaml
 SILENT_RUNS = "quee: end silent runs"
+ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
 SILENCE = timedelta(seconds=75)  # above two heartbeats of 30 s, which prefect.yaml sets
 
 
@@ -82,7 +83,7 @@ def make_pool(client: SyncPrefectClient, name: str) -> None:
 
 def end_silent_runs(client: SyncPrefectClient) -> None:
     """The automation that marks a run as crashed once its heart has not beaten for `SILENCE`."""
-    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled")}
+    ends = {f"prefect.flow-run.{state}" for state in ENDS}
     wanted = AutomationCore(
         name=SILENT_RUNS,
         description="A flow process that was killed together with its worker leaves a run that is never ended.",
@@ -90,6 +91,7 @@ def end_silent_runs(client: SyncPrefectClient) -> None:
             posture=Posture.Proactive,
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ends},
+            match_related={"prefect.resource.id": "prefect.tag.quee", "prefect.resource.role": "tag"},
             for_each={"prefect.resource.id"},
             threshold=1,
             within=SILENCE,

@@ -20,7 +20,7 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
     """Start both servers on what `quee sweep` left below `runs`, and wait for either to end; returns its exit code."""
     runs = runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in ("127.0.0.1", "localhost"):
         print(f"note: listening on {host}: whoever reaches it can read and start everything", file=sys.stderr)
     prefect = [BIN / "prefect", "server", "start", "--host", host, "--port", str(prefect_port)]
     mlflow = [
@@ -35,11 +35,10 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
         "DO_NOT_TRACK": "true",
     }
     surroundings.pop("PREFECT_API_URL", None)
-    servers = {
-        f"http://{host}:{prefect_port}/api/health": _start(prefect, surroundings),
-        f"http://{host}:{mlflow_port}/health": _start(mlflow, surroundings),
-    }
+    servers: dict[str, subprocess.Popen[bytes]] = {}
     try:
+        servers[f"http://{host}:{prefect_port}/api/health"] = _start(prefect, surroundings)
+        servers[f"http://{host}:{mlflow_port}/health"] = _start(mlflow, surroundings)
         for url, process in servers.items():
             _until_it_answers(url, process)
         print(
@@ -49,7 +48,7 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
         )
         while all(process.poll() is None for process in servers.values()):
             time.sleep(0.5)
-        return max(process.poll() or 0 for process in servers.values())
+        return 1  # neither ends by itself but in a fault, which it has told
     except KeyboardInterrupt:
         return 0
     finally:

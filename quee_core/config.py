@@ -9,12 +9,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from quee_core.errors import ConfigError, did_you_mean
 from quee_core.paths import PathTree, PolicyName, check_bit_widths
+from quee_core.redaction import without_secrets
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+SECRET_FAULT = "secret"  # type of the fault whose input is not shown
 _DASK_ADDRESS = re.compile(r"(tcp|tls)://([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 
 
@@ -29,6 +32,17 @@ def _known_widths(bits: tuple[int, ...]) -> tuple[int, ...]:
         return check_bit_widths(bits)
     except ConfigError as error:
         raise ValueError(str(error).removeprefix("bits: ")) from None
+
+
+def _no_credentials(address: str) -> str:
+    """`address`, unless it carries a password: Prefect, MLflow and the report show and keep what a sweep says."""
+    if without_secrets(address) != address:
+        raise PydanticCustomError(
+            SECRET_FAULT,
+            "credentials do not belong in an address, which is shown and recorded; give them by the usual variables "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)",
+        )
+    return address
 
 
 class DatasetConfig(Section):
@@ -86,6 +100,11 @@ class BackboneConfig(Section):
     exits: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="Blocks that have run at each exit, ascending; by default four, evenly spaced."
     )
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _without_credentials(cls, place: str | None) -> str | None:
+        return None if place is None else _no_credentials(place)
 
 
 class PathsConfig(Section):
@@ -278,6 +297,11 @@ class RunConfig(Section):
         60.0, gt=0, description="Seconds in which that scheduler must answer, and have a worker again if none is left."
     )
 
+    @field_validator("store", "mlflow_uri", "artifacts")
+    @classmethod
+    def _without_credentials(cls, address: str | None) -> str | None:
+        return None if address is None else _no_credentials(address)
+
     @field_validator("dask")
     @classmethod
     def _an_address(cls, address: str | None) -> str | None:
@@ -361,7 +385,9 @@ def _fault(error: dict[str, Any]) -> str:
         return f"{place}: {error['ctx']['actual_length']} given; want at least {error['ctx']['min_length']}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = "" if isinstance(given, dict | list) or error["type"] == "missing" else f" (given: {given!r})"
+    shown = (
+        "" if isinstance(given, dict | list) or error["type"] in ("missing", SECRET_FAULT) else f" (given: {given!r})"
+    )
     return f"{place}: {message}{shown}"
 
 

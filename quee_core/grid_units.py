@@ -29,6 +29,7 @@ GRID_CODE = (
 )  # fmt: skip
 _WORKER_CODE = (
     *GRID_CODE, "quee_core.grid_units", "quee_core.shared_outcomes", "quee_core.tables", "quee_core.store",
+    "quee_core.entries", "quee_core.places", "quee_core.s3_place",
     "quee_core.archive", "quee_core.paths", "quee_core.policy", "quee_core.predictors",
 )  # fmt: skip
 _FITTING = ("torch", "numpy", "scipy", "scikit-learn", "dask")

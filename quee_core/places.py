@@ -4,7 +4,7 @@ A place gives the steps that a store is made of, and says in words what went wro
 of S3. Locations are relative to the place's root, with '/' between folders.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -27,10 +27,13 @@ _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "ad
 _ON_THIS_MACHINE = ("", "file", "local", "memory")
 
 
-def open_place(url: str, *, patience: float = PATIENCE) -> "Place":
-    """The place at a folder or URL; nothing is made there. Raises StoreError that says what is wrong with `url`."""
+def open_place(url: str, *, what: str = "store", patience: float = PATIENCE) -> "Place":
+    """The place at a folder or URL; nothing is made there.
+
+    what: the place is for, in messages. Raises StoreError that says what is wrong with `url`.
+    """
     protocol = url.partition("://")[0] if "://" in url else ""
-    _refuse_credentials(protocol, url)
+    _refuse_credentials(protocol, url, what)
     try:
         if protocol in ("s3", "s3a"):
             from quee_core.s3_place import S3Place  # imports botocore, which takes its time
@@ -42,18 +45,18 @@ def open_place(url: str, *, patience: float = PATIENCE) -> "Place":
         package = _EXTRAS.get(protocol)
         hint = f"pip install {package}" if package else "install it"
         raise StoreError(
-            f"store {url}: {protocol}:// needs a package that is not installed ({error}); {hint}"
+            f"{what} {url}: {protocol}:// needs a package that is not installed ({error}); {hint}"
         ) from error
     except ValueError as error:
-        raise StoreError(f"store {url}: {error}; want a folder, file://, memory:// or s3://") from error
+        raise StoreError(f"{what} {url}: {error}; want a folder, file://, memory:// or s3://") from error
     if not isinstance(fs, LocalFileSystem):
         return Place(fs, root)
     if fs.isfile(root):
-        raise StoreError(f"store {url}: {root} is a file; name a folder")
+        raise StoreError(f"{what} {url}: {root} is a file; name a folder")
     return LocalPlace(fs, root)
 
 
-def _refuse_credentials(protocol: str, url: str) -> None:
+def _refuse_credentials(protocol: str, url: str, what: str) -> None:
     """Raises StoreError, which shows no part of them, for a URL with credentials: URLs are logged and recorded."""
     if protocol in _ON_THIS_MACHINE:
         return
@@ -62,10 +65,10 @@ def _refuse_credentials(protocol: str, url: str) -> None:
     if protocol in ("s3", "s3a"):
         held = (":" in host or "@" in host) and not host.startswith("arn:")
     else:
-        held = ":" in host and "@" in url and not host.rpartition(":")[2].isdigit()
+        held = "@" in host or (":" in host and "@" in url and not host.rpartition(":")[2].isdigit())
     if held:
         raise StoreError(
-            f"store {protocol}://…: credentials do not belong in a URL, which is logged and recorded; give them by "
+            f"{what} {protocol}://…: credentials do not belong in a URL, which is logged and recorded; give them by "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a profile, and name the bucket alone"
         )
 
@@ -134,6 +137,21 @@ class Place:
         """A file's size in bytes; None if there is no such file."""
         return self._unless_absent(lambda: int(self._fs.info(self._full(location))["size"]))
 
+    def version(self, location: str) -> str | None:
+        """What tells a file's contents from those that it had before, without reading them; None if there is none."""
+        return self._unless_absent(lambda: _version(self._fs.info(self._full(location))))
+
+    def versions(self) -> dict[str, str] | None:
+        """Name and version of each file right below the root; None if there is no such folder."""
+        listing = self._unless_absent(lambda: self._fs.ls(self._root, detail=True))
+        if listing is None:
+            return None
+        return {basename(info["name"]): _version(info) for info in listing if info["type"] != "directory"}
+
+    def stream(self, location: str) -> Any:
+        """A file opened to be read in pieces, as a context. Raises FileNotFoundError if there is none."""
+        return self._fs.open(self._full(location), "rb")
+
     def modified(self, location: str) -> datetime | None:
         """When a file was written; None if there is no such file."""
         return self._unless_absent(lambda: self._fs.modified(self._full(location)))
@@ -175,6 +193,11 @@ class Place:
 
     def _full(self, location: str) -> str:
         return f"{self._root}/{location}" if location else self._root
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    told = [str(info[key]) for key in ("size", "ETag", "mtime", "LastModified", "created") if info.get(key) is not None]
+    return " ".join(told)
 
 
 class LocalPlace(Place):

@@ -9,7 +9,6 @@ from pathlib import Path as FilePath
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.backbones.fetched import fetch_checkpoint, is_remote
 from quee_core.backbones.registry import LoadedBackbone, load_backbone
 from quee_core.config import SweepConfig
 from quee_core.costs import edge_bits
@@ -254,7 +253,9 @@ def _checkpoint_of(config: SweepConfig) -> FilePath | None:
     """
     if config.backbone.checkpoint is None:
         return None
-    if is_remote(config.backbone.checkpoint):
+    if "://" in config.backbone.checkpoint:
+        from quee_core.backbones.fetched import fetch_checkpoint  # a router that serves has no need of it
+
         return fetch_checkpoint(config.backbone.checkpoint, config.run.runs / "checkpoints")
     given, root = FilePath(config.backbone.checkpoint), config.dataset.root
     if root is None or given.is_absolute() or given.exists():

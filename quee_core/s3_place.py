@@ -5,7 +5,6 @@ shows more of them than the endpoint's host.
 """
 
 import logging
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem
 from quee_core.entries import basename
 from quee_core.errors import StoreError, StoreUnreachableError
 from quee_core.places import Place
+from quee_core.redaction import without_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ _LATER = frozenset({
 })  # fmt: skip
 _LATER_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _CONNECTION = (*S3_RETRYABLE_ERRORS, boto.ConnectionError, ConnectionError, TimeoutError)
-_LOGIN = re.compile(r"[^/\s]+@")  # of an endpoint's URL
 _CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
     boto.NoAuthTokenError, boto.SSOError, boto.MetadataRetrievalError, boto.UnknownCredentialError,
@@ -251,4 +250,4 @@ def _answer(error: BaseException) -> tuple[str, int]:
 
 def _first_line(error: BaseException) -> str:
     told = (str(error) or type(error).__name__).splitlines()[0]
-    return _LOGIN.sub("", told)
+    return without_secrets(told)

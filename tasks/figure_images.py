@@ -22,6 +22,8 @@ def write_images(figures: Mapping[str, go.Figure], folder: FilePath) -> bool:
     try:
         plotly.io.write_images(list(figures.values()), [folder / f"{name}.png" for name in figures], scale=2)
     except Exception as error:  # of the browser's many; the figures are there as HTML
+        for name in figures:
+            (folder / f"{name}.png").unlink(missing_ok=True)
         logger.warning("figures as PNG are left out: %s", " ".join(str(error).split()) or type(error).__name__)
         return False
     return True

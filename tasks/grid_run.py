@@ -10,7 +10,8 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
 from quee_core.config import RunConfig
-from quee_core.grid_units import GridUnit, UnitFits, failed, keep_unit
+from quee_core.errors import ServerError
+from quee_core.grid_units import GridUnit, UnitFits, failed, in_one_line, keep_unit
 from quee_core.store import Store
 from tasks.grid_cluster import GONE, lost, no_worker, workers_of
 from tasks.grid_worker import GridJob, fit_in_worker
@@ -38,11 +39,9 @@ def run_grid(client: Client, units: Sequence[GridUnit], job: GridJob, run: RunCo
 
 def _one_by_one(client: Client, unit: GridUnit, job: GridJob, run: RunConfig) -> UnitFits:
     parts = []
-    killed = False
     for one in unit.alone:
         [(_, fits)] = _finished(client, [one], job, run)
         if isinstance(fits, KilledWorker):
-            killed = True
             reason = (
                 f"all {fits.allowed_failures + 1} workers that fitted it died, the last at {fits.last_worker.address}; "
                 "was there enough memory?"
@@ -54,7 +53,7 @@ def _one_by_one(client: Client, unit: GridUnit, job: GridJob, run: RunConfig) ->
         sum(part.computed for part in parts),
         sum(part.reused for part in parts),
     )
-    if not killed:
+    if all(fit.predictor is not None for fit in together.fits):  # what came of the machine is tried again
         keep_unit(unit, together.fits, job.seed, Store.open(job.store), job.inputs_key)
     return together
 
@@ -95,6 +94,11 @@ def _taken(future: Future[UnitFits], run: RunConfig) -> UnitFits | KilledWorker 
         error = future.exception()
         if isinstance(error, KilledWorker):
             return error
+        if isinstance(error, ImportError):
+            raise ServerError(
+                f"run.dask: a worker of {run.dask} cannot run quee ({in_one_line(error)}); install this version there, "
+                "or end that worker, and run again: what is finished is kept"
+            ) from error
         raise error
     try:
         return future.result(timeout=run.dask_timeout)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -39,12 +41,13 @@ def database_uri(runs: FilePath) -> str:
     return f"sqlite:///{runs.resolve() / DATABASE}"
 
 
-def run_address(sweep: SweepConfig, run: str) -> str | None:
-    """Where a browser finds a tracked run; None where no server tracks."""
-    uri, _ = tracking_of(sweep)
+def run_address(sweep: SweepConfig, record: SweepRecord, run: str) -> str | None:
+    """Where a browser finds a tracked run; None where no server tracks. Raises ServerError if it does not answer."""
+    uri, artifacts = tracking_of(sweep)
     if not uri.startswith(("http://", "https://")):
         return None
-    experiment = client_of(uri).get_run(run).info.experiment_id
+    with mlflow_faults(uri, "the sweep is finished and tracked"):
+        experiment = experiment_of(client_of(uri), record, artifacts)
     return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
 
 
@@ -53,7 +56,7 @@ def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
     """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, BotoCoreError, ClientError, Boto3Error, OSError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         if "Max retries exceeded" in why:  # the rest is urllib3's, which names the address three times
             why = "no server answers there" if "NewConnectionError" in why else "the server breaks off"

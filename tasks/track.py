@@ -140,7 +140,7 @@ def _write_figures(record: SweepRecord, folder: FilePath) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figures = all_figures(record)
     for old in folder.iterdir():
-        if old.is_file() and old.stem not in figures:
+        if old.is_file():
             old.unlink()
     for name, figure in figures.items():
         figure.write_html(folder / f"{name}.html", include_plotlyjs=True)

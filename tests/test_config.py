@@ -99,3 +99,18 @@ def test_every_setting_says_what_it_is() -> None:
         place for place, _ in described
     }
     assert [place for place, text in described if not (text or "").strip()] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "address"),
+    [
+        ("run", "store", "s3://key:planted@bucket/prefix"),
+        ("run", "mlflow_uri", "http://user:planted@mlflow.lab:5000"),
+        ("run", "artifacts", "s3://bucket/folder?token=planted"),
+        ("backbone", "checkpoint", "s3://key:planted@bucket/weights.safetensors"),
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_repeated(section: str, field: str, address: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.{field}: credentials do not belong in an address") as told:
+        parse_config({section: {field: address}}, source="mine.yaml")
+    assert "planted" not in str(told.value)

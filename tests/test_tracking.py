@@ -35,7 +35,9 @@ def record_of(name: str, **changed: object) -> SweepRecord:
 
 
 def sweep_at(uri: str, folder: Path, **run: object) -> SweepConfig:
-    return SweepConfig.model_validate({"name": "tracked", "run": {"mlflow_uri": uri, "runs": folder / "runs", **run}})
+    """A sweep tracked at `uri`, which a configuration would refuse if it carried credentials."""
+    sweep = SweepConfig.model_validate({"name": "tracked", "run": {"runs": folder / "runs", **run}})
+    return sweep.model_copy(update={"run": sweep.run.model_copy(update={"mlflow_uri": uri})})
 
 
 def tracked(sweep: SweepConfig, record: SweepRecord, folder: Path) -> str:

@@ -5,19 +5,17 @@ A file `NAME.safetensors` (or `.pth`, `.pt`, `.bin`) holds weights of the backbo
 `name`, `num_classes`, `image_size` and `exits`, as in a sweep's section `backbone`.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import fsspec
 import yaml
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from quee_core.config import BackboneConfig
 from quee_core.errors import BackboneError, first_misfit
 from quee_core.fingerprints import fingerprint
+from quee_core.places import Place, open_place
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 DESCRIPTION = ".yaml"
@@ -41,17 +39,13 @@ class Shelved:
 def read_shelf(url: str) -> tuple[list[Shelved], list[str]]:
     """What lies on the shelf at a folder or `s3://` prefix, by label, and what is wrong with the rest, a line each.
 
-    A description that cannot be used keeps its weights back, and no other's. Raises BackboneError if the shelf cannot
-    be read, or two files have one label.
+    A description that cannot be used keeps its weights back, and no other's. Raises BackboneError if there is no shelf,
+    or two files have one label; StoreError if it cannot be read.
     """
-    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    try:
-        entries = fs.ls(root, detail=True)
-    except FileNotFoundError:
-        raise BackboneError(f"{url}: no such folder of backbones; make it, or name another") from None
-    except OSError as error:
-        raise BackboneError(f"{url}: the folder of backbones cannot be read: {error.strerror or error}") from error
-    files = {info["name"].rpartition("/")[2]: info for info in entries if info["type"] == "file"}
+    place = open_place(url, what="folder of backbones")
+    files = place.attempt("", "read", place.versions)
+    if files is None:
+        raise BackboneError(f"{url}: no such folder of backbones; make it, or name another")
     found: dict[str, Shelved] = {}
     faults = []
     for name in sorted(files):
@@ -61,30 +55,27 @@ def read_shelf(url: str) -> tuple[list[Shelved], list[str]]:
         label = name.removesuffix(ending)
         if label in found:
             raise BackboneError(f"{url}: two files of weights are called {label}; rename one of them")
-        place = files[name]["name"] if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(files[name]["name"])
+        checkpoint = f"{place.url.rstrip('/')}/{name}" if place.remote else place.shown(name)
         try:
-            said = _described(fs, files.get(label + DESCRIPTION))
+            said = _described(place, label + DESCRIPTION) if label + DESCRIPTION in files else {}
             backbone = BackboneConfig.model_validate(
-                {"name": label.partition(VARIANT)[0], **said, "checkpoint": place, "pretrained": False}
+                {"name": label.partition(VARIANT)[0], **said, "checkpoint": checkpoint, "pretrained": False}
             )
         except BackboneError as error:
-            faults.append(f"{place}: {error}")
+            faults.append(f"{checkpoint}: {error}")
             continue
         except ValidationError as error:
-            faults.append(f"{place}: its description {label}{DESCRIPTION}: {first_misfit(error)}")
+            faults.append(f"{checkpoint}: its description {label}{DESCRIPTION}: {first_misfit(error)}")
             continue
-        version = fingerprint([json.loads(backbone.model_dump_json()), _bytes_known_by(files[name])])
+        version = fingerprint([backbone.model_dump(mode="json"), files[name]])
         found[label] = Shelved(label, backbone, version)
     return list(found.values()), faults
 
 
-def _described(fs: Any, info: Mapping[str, Any] | None) -> dict[str, Any]:
-    if info is None:
-        return {}
-    name = info["name"].rpartition("/")[2]
+def _described(place: Place, name: str) -> dict[str, Any]:
     try:
-        said = yaml.safe_load(fs.cat_file(info["name"]))
-    except yaml.YAMLError as error:
+        said = yaml.safe_load(place.attempt(name, "read", partial(place.read, name)) or b"{}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BackboneError(f"its description {name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(said, dict):
         raise BackboneError(
@@ -96,8 +87,3 @@ def _described(fs: Any, info: Mapping[str, Any] | None) -> dict[str, Any]:
             "want name, num_classes, image_size, exits"
         )
     return said
-
-
-def _bytes_known_by(info: Mapping[str, Any]) -> list[str]:
-    """What a listing tells of a file's bytes: they change when they do."""
-    return [str(info.get(key)) for key in ("size", "ETag", "mtime", "LastModified") if info.get(key) is not None]
