@@ -9,7 +9,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from quee_core.errors import ConfigError, did_you_mean
 from quee_core.paths import PathTree, PolicyName, check_bit_widths
@@ -17,14 +16,14 @@ from quee_core.redaction import without_secrets
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-SECRET_FAULT = "secret"  # type of the fault whose input is not shown
+SECRET_FAULT = "credentials"  # begins the fault whose input is not shown
 _DASK_ADDRESS = re.compile(r"(tcp|tls)://([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 
 
 class Section(BaseModel):
     """Base of all sections: immutable, refusing unknown fields, showing docstrings as descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def _known_widths(bits: tuple[int, ...]) -> tuple[int, ...]:
@@ -37,10 +36,9 @@ def _known_widths(bits: tuple[int, ...]) -> tuple[int, ...]:
 def _no_credentials(address: str) -> str:
     """`address`, unless it carries a password: Prefect, MLflow and the report show and keep what a sweep says."""
     if without_secrets(address) != address:
-        raise PydanticCustomError(
-            SECRET_FAULT,
-            "credentials do not belong in an address, which is shown and recorded; give them by the usual variables "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)",
+        raise ValueError(
+            f"{SECRET_FAULT} do not belong in an address, which is shown and recorded; give them by the usual "
+            "variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
         )
     return address
 
@@ -385,9 +383,8 @@ def _fault(error: dict[str, Any]) -> str:
         return f"{place}: {error['ctx']['actual_length']} given; want at least {error['ctx']['min_length']}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = (
-        "" if isinstance(given, dict | list) or error["type"] in ("missing", SECRET_FAULT) else f" (given: {given!r})"
-    )
+    hidden = isinstance(given, dict | list) or error["type"] == "missing" or message.startswith(SECRET_FAULT)
+    shown = "" if hidden else f" (given: {given!r})"
     return f"{place}: {message}{shown}"
 
 

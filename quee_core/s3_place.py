@@ -5,6 +5,7 @@ shows more of them than the endpoint's host.
 """
 
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ _LATER = frozenset({
 })  # fmt: skip
 _LATER_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _CONNECTION = (*S3_RETRYABLE_ERRORS, boto.ConnectionError, ConnectionError, TimeoutError)
+_LOGIN = re.compile(r"[^/\s]+@")  # of an endpoint without a scheme
 _CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
     boto.NoAuthTokenError, boto.SSOError, boto.MetadataRetrievalError, boto.UnknownCredentialError,
@@ -250,4 +252,4 @@ def _answer(error: BaseException) -> tuple[str, int]:
 
 def _first_line(error: BaseException) -> str:
     told = (str(error) or type(error).__name__).splitlines()[0]
-    return without_secrets(told)
+    return _LOGIN.sub("", without_secrets(told))

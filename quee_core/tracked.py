@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quee_core.config import SweepConfig
+from quee_core.config import PricesConfig
 from quee_core.fingerprints import fingerprint
 from quee_core.record import FrontRecord, Frozen, SweepRecord
 from quee_core.redaction import redacted
@@ -25,7 +25,7 @@ def params_of(record: SweepRecord) -> dict[str, str]:
 
 def tags_of(record: SweepRecord) -> dict[str, str]:
     """What runs are searched by: network, bit-widths, prices, code, data set, seeds."""
-    prices = SweepConfig.model_validate(record.config).prices.grid()
+    prices = PricesConfig.model_validate(record.config.get("prices", {})).grid()
     positive = prices[prices > 0]
     span = f"{positive[0]:g} to {positive[-1]:g}" if len(positive) else "0"
     return {
