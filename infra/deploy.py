@@ -26,15 +26,18 @@ from quee_core.errors import ConfigError, QueeError
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_LIMIT = "tag:gpu"  # Prefect's name for the limit of tasks that carry the tag
-DEPLOYMENTS = ("quee/full-sweep", "quee-new-backbones/watch")
+WATCH = "quee-new-backbones/watch"
+DEPLOYMENTS = ("quee/full-sweep", WATCH)
 DEFAULT_SWEEP = ROOT / "configs" / "quick.yaml"  # that of prefect.yaml
 SILENT_RUNS = "quee: end silent runs"
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
 SILENCE = timedelta(seconds=75)  # above two heartbeats of 30 s, which prefect.yaml sets
 
 
-def deploy(pool: str, gpus: int, sweep: SweepConfig | None) -> None:
-    """Bring the server up to date; runs start with `sweep` unless they are told otherwise.
+def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbones: str | None) -> None:
+    """Bring the server up to date; runs start with `sweep`, and the watch looks into `backbones`, if these are given.
+
+    root: where this repository is on the machines that run.
 
     Raises ServerError if it does not answer, ConfigError if the pool is of another type or Prefect does not deploy.
     """
@@ -46,16 +49,18 @@ def deploy(pool: str, gpus: int, sweep: SweepConfig | None) -> None:
     print(f"work pool: {pool}; tasks on accelerators at a time: {gpus}")
     done = subprocess.run(
         [Path(sys.executable).with_name("prefect"), "--no-prompt", "deploy", "--all"],
-        cwd=ROOT, env=os.environ | {"QUEE_ROOT": str(ROOT), "QUEE_POOL": pool}, check=False,
+        cwd=ROOT, env=os.environ | {"QUEE_ROOT": str(root), "QUEE_POOL": pool}, check=False,
     )  # fmt: skip
     if done.returncode:
         raise ConfigError(f"prefect deploy ended with {done.returncode}; what it said stands above")
-    if sweep is not None:
-        with get_client(sync_client=True) as client:
-            for name in DEPLOYMENTS:
-                there = client.read_deployment_by_name(name)
-                parameters = {**there.parameters, "sweep": sweep.model_dump(mode="json", exclude_unset=True)}
-                client.update_deployment(there.id, DeploymentUpdate(parameters=parameters))
+    with get_client(sync_client=True) as client:
+        for name in DEPLOYMENTS:
+            there = client.read_deployment_by_name(name)
+            given = {} if sweep is None else {"sweep": sweep.model_dump(mode="json", exclude_unset=True)}
+            if backbones is not None and name == WATCH:
+                given["folder"] = backbones
+            if given:
+                client.update_deployment(there.id, DeploymentUpdate(parameters={**there.parameters, **given}))
     print(
         "next:  .venv/bin/prefect worker start --pool " + pool + "\n"
         "       .venv/bin/prefect deployment run quee/full-sweep --watch"
@@ -121,6 +126,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--store", help="its store, such as s3://bucket/prefix")
     parser.add_argument("--mlflow", help="address of the MLflow server that it is tracked by")
     parser.add_argument("--dask", help="address of the Dask scheduler that fits its grid")
+    parser.add_argument("--backbones", help="folder or s3:// prefix that is watched for new weights")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT,
+        help="where this repository is on the machines that run: /quee in the image of infra/Dockerfile (%(default)s)",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -134,7 +144,8 @@ def main() -> None:
     """Deploy as the command line asks."""
     asked = arguments()
     try:
-        deploy(asked.pool, asked.gpus, sweep_with(asked.config, places_of(asked)))
+        sweep = sweep_with(asked.config, places_of(asked))
+        deploy(asked.pool, asked.gpus, asked.root, sweep, asked.backbones)
     except QueeError as error:
         sys.exit(f"error: {error}")
 
