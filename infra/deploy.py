@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -56,7 +57,9 @@ def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbone
     with get_client(sync_client=True) as client:
         for name in DEPLOYMENTS:
             there = client.read_deployment_by_name(name)
-            given = {} if sweep is None else {"sweep": sweep.model_dump(mode="json", exclude_unset=True)}
+            given: dict[str, Any] = (
+                {} if sweep is None else {"sweep": sweep.model_dump(mode="json", exclude_unset=True)}
+            )
             if backbones is not None and name == WATCH:
                 given["folder"] = backbones
             if given:

@@ -38,7 +38,8 @@ def _no_credentials(address: str) -> str:
     if without_secrets(address) != address:
         raise ValueError(
             f"{SECRET_FAULT} do not belong in an address, which is shown and recorded; give them by the usual "
-            "variables: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "variables: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
         )
     return address
 
