@@ -1,6 +1,8 @@
 """`quee champion`: which router is in service for each data set, and by hand another one, or the one before."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,11 +45,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the champion of DATASET, or of every data set: version, backbone, run, front, since when."""
-    from tasks.mlflow_server import mlflow_faults
-
-    uri = _uri(tracking_uri, runs)
-    with mlflow_faults(uri, _ADVICE):
-        registry = _registry(uri)
+    with _registry(tracking_uri, runs) as registry:
         found = {name: registry.champion(name) for name in ([dataset] if dataset else registry.datasets())}
     if as_json:
         typer.echo(json.dumps([None if one is None else _plain(one) for one in found.values()], indent=2))
@@ -65,11 +63,7 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Make VERSION the champion of DATASET whatever its front; the version before is noted, for `rollback`."""
-    from tasks.mlflow_server import mlflow_faults
-
-    uri = _uri(tracking_uri, runs)
-    with mlflow_faults(uri, _ADVICE):
-        registry = _registry(uri)
+    with _registry(tracking_uri, runs) as registry:
         wanted = registry.version(dataset, version)
         before = registry.champion(dataset)
         if before is None or before.version != str(wanted.version):
@@ -87,18 +81,11 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Put the champion of DATASET that was before the present one back in service."""
-    from tasks.mlflow_server import mlflow_faults
-
-    uri = _uri(tracking_uri, runs)
-    with mlflow_faults(uri, _ADVICE):
-        registry = _registry(uri)
+    with _registry(tracking_uri, runs) as registry:
         before = registry.champion(dataset)
         registry.roll_back(dataset)
         after = registry.champion(dataset)
     _told(after, before, as_json)
-
-
-_ADVICE = "start that server, or name another with --tracking-uri"
 
 
 def _uri(given: str | None, runs: Path) -> str:
@@ -113,11 +100,15 @@ def _uri(given: str | None, runs: Path) -> str:
     return given
 
 
-def _registry(uri: str) -> "RouterRegistry":
-    from tasks.mlflow_server import client_of
+@contextmanager
+def _registry(tracking_uri: str | None, runs: Path) -> Iterator["RouterRegistry"]:
+    """The registry at the address given, or in the database of `runs`; its faults are told in a line."""
+    from tasks.mlflow_server import client_of, mlflow_faults
     from tasks.registry import RouterRegistry
 
-    return RouterRegistry(client_of(uri))
+    uri = _uri(tracking_uri, runs)
+    with mlflow_faults(uri, "start that server, or name another with --tracking-uri"):
+        yield RouterRegistry(client_of(uri))
 
 
 def _plain(champion: "Champion") -> dict[str, Any]:

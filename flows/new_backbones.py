@@ -11,7 +11,7 @@ from prefect.deployments import run_deployment
 from pydantic import Field
 
 from quee_core.backbones.registry import list_backbones
-from quee_core.backbones.shelf import Shelved, read_shelf
+from quee_core.backbones.shelf import VARIANT, Shelved, read_shelf
 from quee_core.config import BackboneConfig, SweepConfig
 from quee_core.errors import BackboneError, did_you_mean
 from quee_core.fingerprints import fingerprint
@@ -65,8 +65,8 @@ def wanted(shelved: list[Shelved], names: tuple[str, ...], announced: str | None
         return list(by_name.values())
     if announced in by_name:
         return [by_name[announced]]
-    if any(one.label.partition("__")[0] == announced for one in shelved):
-        return [one for one in shelved if one.label.partition("__")[0] == announced]
+    if variants := [one for one in shelved if one.label.partition(VARIANT)[0] == announced]:
+        return variants
     if announced in list_backbones():
         return [published(announced)]
     raise BackboneError(

@@ -40,6 +40,11 @@ class _Bar:
     shown: float = 0.0  # percent
     told: float = field(default_factory=time.monotonic)
 
+    @property
+    def percent(self) -> float:
+        """How far it is."""
+        return min(100.0, 100 * self.done / max(self.total, 1))
+
     def describe(self) -> str:
         """How many steps of all, and how many a second."""
         passed = time.monotonic() - self.begun
@@ -71,7 +76,7 @@ class RunPage:
             if bar is None:
                 return
             bar.done += steps
-            percent, now = min(100.0, 100 * bar.done / max(bar.total, 1)), time.monotonic()
+            percent, now = bar.percent, time.monotonic()
             if percent - bar.shown < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
@@ -84,7 +89,7 @@ class RunPage:
             bar = self._bars.pop(stage, None)
         if bar is None:
             return
-        percent = 100.0 if whole else min(100.0, 100 * bar.done / max(bar.total, 1))
+        percent = 100.0 if whole else bar.percent
         with _though_the_page_lacks_it():
             update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
 

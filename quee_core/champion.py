@@ -24,7 +24,7 @@ from quee_core.fronts import correctness as correctness_of
 from quee_core.paths import PathTree
 from quee_core.record import SegmentCost, SweepRecord, images_key
 from quee_core.runs import router_folder
-from quee_core.shipping import GateFront, GateRule, Shipped, rule_decisions
+from quee_core.shipping import GateFront, GateRule, rule_decisions
 
 KIND = "front of a router"
 RESAMPLES = 2000
@@ -127,7 +127,7 @@ def served_front(record: SweepRecord, folder: FilePath) -> ServedFront:
     policy, test = deployed.router.policy, run_outcomes(folder)[2]
     tree = policy.tree
     bitops = bitops_costs(record.segment_costs, tree)
-    shipped = [Shipped(p.as_rule(), p.price, p.chosen_cost, p.chosen_accuracy) for p in deployed.manifest.points]
+    shipped = [point.as_shipped() for point in deployed.manifest.points]
     prices = sorted({point.rule.price for point in shipped if isinstance(point.rule, GateRule)})
     gates = None
     if prices:

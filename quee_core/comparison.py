@@ -22,7 +22,6 @@ from quee_core.fronts import at_budgets, cost_at_drop, hypervolume_per_image, pa
 from quee_core.plan import WALKED
 from quee_core.record import SweepRecord
 from quee_core.runs import router_folder
-from quee_core.shipping import Shipped
 from quee_core.tables import Outcomes, is_saved
 
 DROP = 0.01
@@ -108,10 +107,7 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     policy, table = deployed.router.policy, deployed.router.table
     config = SweepConfig.model_validate(record.config)
     priced = PricedTree.of(table.without_gates(), policy.tree)
-    shipped = [
-        Shipped(point.as_rule(), point.price, point.chosen_cost, point.chosen_accuracy)
-        for point in deployed.manifest.points
-    ]
+    shipped = [point.as_shipped() for point in deployed.manifest.points]
     fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation.seed)
     test, tree = outcomes[2], policy.tree
     whole = full_cost(table, tree)

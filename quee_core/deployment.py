@@ -96,6 +96,10 @@ class OperatingPoint(_Plain):
             return GateRule(self.rule.price)
         return Cascade(tuple(map(Path.parse, self.rule.looks)), self.rule.measure, self.rule.thresholds)
 
+    def as_shipped(self) -> Shipped:
+        """What it was before any test. Raises as `as_rule` does."""
+        return Shipped(self.as_rule(), self.price, self.chosen_cost, self.chosen_accuracy)
+
 
 class Architecture(_Plain):
     """What `blank_backbone` builds."""

@@ -56,6 +56,12 @@ class UnitFits:
     computed: int
     reused: int
 
+    @classmethod
+    def together(cls, parts: Sequence["UnitFits"]) -> "UnitFits":
+        """Those of a unit whose points were fitted in parts."""
+        fits = [fit for part in parts for fit in part.fits]
+        return cls(fits, sum(part.computed for part in parts), sum(part.reused for part in parts))
+
 
 def grid_units(points: Sequence[GridPoint], tree: PathTree) -> list[GridUnit]:
     """The grid cut into units of `POINTS_A_UNIT` points or fewer, the long ones first: then all workers end together.
@@ -112,12 +118,7 @@ def fit_unit(
         if len(unit.points) == 1:
             logger.info("gate %s, %s", unit.gate, unit.points[0], exc_info=True)
             return UnitFits([failed(unit, in_one_line(error))], 1, 0)
-        parts = [fit_unit(one, tree, target, select, seed, store, inputs_key) for one in unit.alone]
-        return UnitFits(
-            [fit for part in parts for fit in part.fits],
-            sum(part.computed for part in parts),
-            sum(part.reused for part in parts),
-        )
+        return UnitFits.together([fit_unit(one, tree, target, select, seed, store, inputs_key) for one in unit.alone])
     keep_unit(unit, fits, seed, store, inputs_key)
     return UnitFits(fits, len(unit.points), 0)
 

@@ -1,4 +1,4 @@
-"""Outcomes on another machine: a key is all that is sent, and the tables are read from the store there.
+"""Outcomes out of the store's tables; on another machine, too, to which a key is all that is sent.
 
 What a key stands for is an artefact that names the cells of every path. A host assembles them once, into a folder
 that all processes on it map.
@@ -6,17 +6,20 @@ that all processes on it map.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path as FilePath
 
 import pyarrow as pa
 
-from quee_core.errors import ConfigError, DamagedTableError, StoreError
+from quee_core.errors import AbsentTableError, ConfigError, DamagedTableError, StoreError
 from quee_core.paths import Path
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
@@ -37,7 +40,7 @@ def publish_cells(store: Store, key: str, cells: Mapping[Path, Sequence[Cell]]) 
 def read_outcomes(store: Store, key: str) -> Outcomes:
     """The outcomes whose cells were published under `key`; each table's checksum is compared on the way.
 
-    Raises StoreError where the store has no such outcomes or lacks a table, DamagedTableError for damaged ones.
+    Raises StoreError where the store has no such outcomes, and as `outcomes_of_cells`.
     """
     data = store.get_artefact(KIND, key)
     if data is None:
@@ -46,11 +49,29 @@ def read_outcomes(store: Store, key: str) -> Outcomes:
         cells = {Path.parse(path): [_cell(given) for given in shards] for path, shards in json.loads(data)}
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise DamagedTableError(f"outcomes {key[:16]}: not a list of cells that quee wrote: {error}") from None
-    tables = [
-        (path, pa.concat_tables([store.get_table(cell) for cell in shards]).combine_chunks())
-        for path, shards in cells.items()
-    ]
-    return Outcomes.from_tables(tables)
+    return outcomes_of_cells(store, cells)
+
+
+def outcomes_of_cells(store: Store, cells: Mapping[Path, Sequence[Cell]]) -> Outcomes:
+    """All paths' answers, out of the tables of the cells of each, shard by shard.
+
+    Raises DamagedTableError, having set every damaged table among them aside, and also if one is not there.
+    """
+    with ThreadPoolExecutor(store.readers) as pool:
+        wanted = [cell for shards in cells.values() for cell in shards]
+        found = iter(list(pool.map(partial(_table_or_fault, store), wanted)))
+    parts = {path: list(itertools.islice(found, len(shards))) for path, shards in cells.items()}
+    faults = [part for tables in parts.values() for part in tables if isinstance(part, StoreError)]
+    if faults:
+        raise DamagedTableError(f"{faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    return Outcomes.from_tables([(path, pa.concat_tables(tables).combine_chunks()) for path, tables in parts.items()])
+
+
+def _table_or_fault(store: Store, cell: Cell) -> pa.Table | StoreError:
+    try:
+        return store.get_table(cell)
+    except (DamagedTableError, AbsentTableError) as error:
+        return error
 
 
 def mapped_outcomes(store: Store, key: str, folder: FilePath) -> Outcomes:

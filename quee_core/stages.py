@@ -9,19 +9,15 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
-import pyarrow as pa
 import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, measured_table
 from quee_core.data.splits import SplitName, image_count
-from quee_core.errors import AbsentTableError, DamagedTableError, StoreError
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
@@ -30,6 +26,7 @@ from quee_core.network import PathNetwork
 from quee_core.paths import Path
 from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration, QuantizedBackbone, calibrate, quantize_backbone
+from quee_core.shared_outcomes import outcomes_of_cells
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
 from quee_core.whole_files import disk_faults
@@ -215,27 +212,9 @@ def outcomes_of(
     Raises DamagedTableError, having set every damaged table of the split aside, and also if one is gone that was just
     there; extraction then fills the gaps.
     """
-    shards = range(len(plan.shards(split)))
-    cells = [cells_of(plan, exits, calibration, split, shard, plan.tree.paths) for shard in shards]
-    wanted = [cells[shard][path] for path in plan.tree.paths for shard in shards]
-    with ThreadPoolExecutor(store.readers) as pool:
-        found = list(pool.map(partial(_table_or_fault, store), wanted))
-    faults = [each for each in found if isinstance(each, StoreError)]
-    if faults:
-        raise DamagedTableError(f"{faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
-    tables = [
-        (path, pa.concat_tables(found[start : start + len(shards)]).combine_chunks())
-        for path, start in zip(plan.tree.paths, range(0, len(found), len(shards)), strict=True)
-    ]
-    key = fingerprint([[str(path), [cells[shard][path].key for shard in shards]] for path in plan.tree.paths])
-    return Outcomes.from_tables(tables), key
-
-
-def _table_or_fault(store: Store, cell: Cell) -> pa.Table | StoreError:
-    try:
-        return store.get_table(cell)
-    except (DamagedTableError, AbsentTableError) as error:
-        return error
+    cells = split_cells(plan, exits, calibration, split)
+    key = fingerprint([[str(path), [cell.key for cell in shards]] for path, shards in cells.items()])
+    return outcomes_of_cells(store, cells), key
 
 
 def costs_of(

@@ -48,11 +48,7 @@ def _one_by_one(client: Client, unit: GridUnit, job: GridJob, run: RunConfig) ->
             )
             fits = UnitFits([failed(one, reason)], 0, 0)
         parts.append(fits)
-    together = UnitFits(
-        [fit for part in parts for fit in part.fits],
-        sum(part.computed for part in parts),
-        sum(part.reused for part in parts),
-    )
+    together = UnitFits.together(parts)
     if all(fit.predictor is not None for fit in together.fits):  # what came of the machine is tried again
         keep_unit(unit, together.fits, job.seed, Store.open(job.store), job.inputs_key)
     return together

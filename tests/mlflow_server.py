@@ -1,38 +1,31 @@
 """A real MLflow server on loopback, which a test can kill and start again, and one that serves a registered model."""
 
-import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
+from tests.processes import end_with_parent, free_ports
+
 BIN = Path(sys.executable).parent
 DEADLINE = 240  # seconds; only a hang takes as long, on a busy machine too
-_PR_SET_PDEATHSIG = 1
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Serving:
     """A process of the `mlflow` command that answers at `url` between `start` and `stop` or `kill`."""
 
     def __init__(self, arguments: list[str], health: str, log: Path, environment: dict[str, str]) -> None:
-        self.port = free_port()
+        [self.port] = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = [*arguments, "--host", "127.0.0.1", "--port", str(self.port)]
         self._health = self.url + health
@@ -47,7 +40,7 @@ class Serving:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [BIN / "mlflow", *self._arguments], env=self._environment, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_end_with_parent,
+                start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )  # fmt: skip
         deadline = time.monotonic() + DEADLINE
         while True:
@@ -122,10 +115,6 @@ class ModelServer(Serving):
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")

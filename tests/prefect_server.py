@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,16 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tests.processes import end_with_parent, free_ports
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 DEADLINE = 300.0  # seconds; only what is stuck takes as long, on a busy machine too
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(what: str, ask: Callable[[], Any]) -> Any:
@@ -42,8 +36,7 @@ def running(command: list[object], log: Path, environment: Mapping[str, str]) ->
         process = subprocess.Popen(
             [str(part) for part in command], env=dict(environment), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True,
-            # whoever starts the tests in the background ignores SIGINT, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+            preexec_fn=_prepare,
         )  # fmt: skip
     try:
         yield process
@@ -51,6 +44,12 @@ def running(command: list[object], log: Path, environment: Mapping[str, str]) ->
         with suppress(ProcessLookupError):  # it has ended, and so has all that it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _prepare() -> None:
+    # whoever starts the tests in the background ignores SIGINT, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent()
 
 
 class PrefectServer:
@@ -102,7 +101,7 @@ class PrefectServer:
 @contextmanager
 def prefect_server(folder: Path) -> Iterator[PrefectServer]:
     """A server that answers, its database below `folder`."""
-    port = free_port()
+    [port] = free_ports(1)
     server = PrefectServer(folder, port)
     settings = server.environment | {
         "PREFECT_HOME": str(folder / "server"),

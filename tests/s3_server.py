@@ -1,21 +1,19 @@
 """A real S3 server on this machine, SeaweedFS, that tests may stop, kill and start again on the same data."""
 
-import ctypes
 import http.client
 import json
 import os
-import random
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.processes import end_with_parent, free_ports
 
 WEED = Path(sys.executable).with_name("weed")
 DEADLINE = 60.0  # seconds; it takes about three
@@ -119,7 +117,7 @@ class S3Server:
                  "-s3.port.lance=0", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=0",
                  "-volume.preStopSeconds=0", "-master.resumeState=false", "-filer.saveToFilerLimit=4194304", *options],
                 stdout=log, stderr=subprocess.STDOUT, cwd=self._folder, start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )  # fmt: skip
         deadline = time.monotonic() + DEADLINE
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -157,25 +155,6 @@ class S3Server:
             client.close()
         (self._folder / "bucket").touch()
         return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on, and that no outgoing connection is given while a server restarts."""
-    with ExitStack() as held:
-        ports: list[int] = []
-        for port in random.SystemRandom().sample(range(12_000, 32_000), 1000):
-            taken = held.enter_context(socket.socket())
-            with suppress(OSError):
-                taken.bind(("127.0.0.1", port))
-                ports.append(port)
-            if len(ports) == count:
-                return ports
-    raise AssertionError(f"no {count} ports are free")
-
-
-def _end_with_parent() -> None:
-    """Tests that are killed leave no server behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ from tasks.registry import CHAMPION, HISTORY_TAG
 from tasks.router_package import SERVING
 from tasks.track import track
 from tests.finished_run import FinishedRun, finished_run  # noqa: F401 (a fixture)
-from tests.mlflow_server import MlflowServer, ModelServer, free_port
+from tests.mlflow_server import MlflowServer, ModelServer
+from tests.processes import free_ports
 from tests.quee_command import quee, refused
 
 pytestmark = pytest.mark.xdist_group("mlflow")
@@ -315,7 +316,7 @@ def test_what_champion_cannot_do_is_told(three: Registered, tmp_path: Path, monk
     three.client.delete_model_version(MODEL, stranger)
     assert "no MLflow database there; run a sweep first" in refused(tmp_path, "champion", "show")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    nowhere = f"http://me:sesame@127.0.0.1:{free_port()}"
+    nowhere = f"http://me:sesame@127.0.0.1:{free_ports(1)[0]}"
     told = refused(tmp_path, "champion", "show", "--tracking-uri", nowhere)
     assert "no server answers there; start that server, or name another with --tracking-uri" in told
     assert "sesame" not in told
@@ -334,6 +335,6 @@ def test_a_model_of_that_name_that_is_not_ours_is_left_alone(
 
 def test_a_server_that_is_gone_is_told_in_one_line(three: Registered) -> None:
     run = three.runs[0]
-    sweep = run.tracked_at(f"http://me:sesame@127.0.0.1:{free_port()}")
+    sweep = run.tracked_at(f"http://me:sesame@127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(ServerError, match=r"^MLflow at http://127\.0\.0\.1:\d+: no server answers there; the sweep is"):
         register.fn(sweep, run.record, run.folder, run.report, "run")

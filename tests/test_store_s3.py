@@ -20,6 +20,7 @@ from quee_core.s3_place import PART, S3Place
 from quee_core.store import Store
 from tasks.extract import is_transient
 from tests.feature_tables import PATHS, numbered_cell, small_table
+from tests.processes import free_ports
 from tests.quee_command import refused, write_sweep
 from tests.s3_gate import DROPPED, Answer, Request, S3Gate
 from tests.s3_server import (
@@ -28,7 +29,6 @@ from tests.s3_server import (
     READER_SECRET,
     SECRET_KEY,
     S3Server,
-    free_ports,
     other_environment,
 )
 from tests.test_store import Place, child, flip_a_bit
