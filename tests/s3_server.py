@@ -174,15 +174,21 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict
 @contextmanager
 def other_environment(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """These variables instead, while the block lasts: s3fs keeps its clients, so they are forgotten on both sides."""
-    from s3fs import S3FileSystem
-
     with monkeypatch.context() as patch:
         _set_alone(variables, patch)
-        S3FileSystem.clear_instance_cache()
+        _forget_clients()
         try:
             yield
         finally:
-            S3FileSystem.clear_instance_cache()
+            _forget_clients()
+
+
+def _forget_clients() -> None:
+    """New stores get new clients. The old ones stay open: a collected one is closed in whatever event loop runs then."""
+    from s3fs import S3FileSystem
+
+    _OPEN_CLIENTS.extend(S3FileSystem._cache.values())
+    S3FileSystem.clear_instance_cache()
 
 
 def _set_alone(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
