@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONFIG ?= configs/quick.yaml
 
-.PHONY: help install sweep plan deploy ui test check bench bench-dask bench-front lock browser clean
+.PHONY: help install sweep plan deploy ui test check bench bench-dask bench-overhead bench-front lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,9 @@ bench: $(INSTALLED) ## Print the ratios that quee promises, and write them to be
 
 bench-dask: $(INSTALLED) ## Print how well two Dask workers share the grid, against one process
 	$(BIN)/python benchmarks/dask_grid.py
+
+bench-overhead: $(INSTALLED) ## Print what a sweep of 720 cells spends outside of computing
+	$(BIN)/python benchmarks/overhead.py
 
 bench-front: $(INSTALLED) ## Print the front against every baseline, over data sets and seeds; DATA_ROOT adds CIFAR-10
 	$(BIN)/python benchmarks/front.py

@@ -1,5 +1,6 @@
 """What a Dask worker does for the grid, in this process or on another machine. It needs neither Prefect nor MLflow."""
 
+import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from quee_core.tables import Outcomes
 logger = logging.getLogger("quee.grid")
 
 CACHE = "quee-outcomes"  # beside the workers' own folders, so that all of a host find it
+
+_KEPT_BYTES = {-3: 2**25, -1: 2**27}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>, the first's most is 2^25
 
 _opening = Lock()
 _building = Lock()
@@ -67,6 +70,7 @@ def fit_in_worker(unit: GridUnit, job: GridJob) -> UnitFits:
     """
     if job.build is not None:
         refuse_other_build(dict(job.build), this_build(), get_worker().address)
+        keep_freed_memory()
     on_one_thread()
     target, select = (outcomes_at(place, job.store) for place in (job.target, job.select))
     shown = f"gate {unit.gate}, {len(unit.points)} points from {unit.points[0]}, process {os.getpid()}"
@@ -82,6 +86,19 @@ def on_one_thread() -> None:
         torch.set_num_threads(1)
         threadpool_limits(limits=1)  # OpenMP counts by thread, so each of them has to say it
         _thread.limited = True
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, up to the megabytes that a fit takes, where its C library is glibc.
+
+    Dask's nanny has it give back at once all that is larger than 64 kB (MALLOC_TRIM_THRESHOLD_), which also stops glibc
+    from learning what is worth keeping: a fit's tensors would be mapped and cleared anew in every step, for as long
+    again as computing them takes.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for option, size in _KEPT_BYTES.items():
+            mallopt(option, size)
 
 
 def outcomes_at(place: OutcomesPlace, store: str) -> Outcomes:

@@ -257,6 +257,28 @@ def threads_in_worker(_: int) -> list[int]:
     return [torch.get_num_threads(), *(found["num_threads"] for found in threadpoolctl.threadpool_info())]
 
 
+def test_a_worker_keeps_the_memory_that_it_frees(cluster: DaskCluster, tmp_path: Path) -> None:
+    """Its nanny has it give everything back at once: the kernel would clear all 25,600 pages of the tensors."""
+    with grid_client(small_config(tmp_path, run={"dask": cluster.address}).run) as client:
+        assert client.submit(pages_for_tensors, 100, pure=False).result() < 6400
+
+
+def pages_for_tensors(count: int) -> int:
+    """Pages that the kernel gave for `count` tensors of 256 pages, one after the other."""
+    import resource
+
+    import torch
+
+    from tasks.grid_worker import keep_freed_memory
+
+    keep_freed_memory()
+    torch.ones(2**18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def test_a_scheduler_lost_in_the_middle_is_told_and_a_rerun_continues(
     prepared: Prepared, undisturbed: bytes, cluster: DaskCluster, tmp_path: Path
 ) -> None:
