@@ -184,7 +184,9 @@ def test_figures_and_tables_of_the_run_are_artifacts_in_the_bucket(pipeline: Pip
     assert stored["fronts"] == json.loads(pipeline.record.model_dump_json())["fronts"]
     assert b"Plotly.newPlot" in pipeline.artifact(f"{place}/figures/front.html")
     listed = pipeline.rest("artifacts/list", run_id=pipeline.parent["info"]["run_id"], path="figures")["files"]
-    assert "figures/front.html" in {file["path"] for file in listed}
+    assert {"figures/front.html", "figures/front.png"} <= {file["path"] for file in listed}
+    with Image.open(io.BytesIO(pipeline.artifact(f"{place}/figures/front.png"))) as image:
+        assert image.width > 1000
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +284,9 @@ def answers(
 def test_the_page_of_the_run_leads_to_the_report_and_to_mlflow(pipeline: Pipeline) -> None:
     asked = {"artifacts": {"flow_run_id": {"any_": [pipeline.run["id"]]}}}
     artifacts = {found["key"]: found for found in pipeline.prefect.ask("/artifacts/filter", asked)}
+    data = (pipeline.runs / "small" / "figures" / "front.png").read_bytes()
+    assert artifacts["small-picture"]["data"] == f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    assert artifacts["small-picture"]["type"] == "image"
     report = link_of(artifacts["small-report"])
     with urllib.request.urlopen(report) as page:
         assert b"<title>small " in page.read()
