@@ -38,10 +38,10 @@ check: $(INSTALLED) ## Linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-browser: # the report's test opens it in a real browser
+browser: # the report is tested in it, and it draws the front as PNG
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } || \
-	  { echo "the report's test needs Debian's chromium: apt-get install chromium chromium-driver" >&2; exit 1; }
+	  { echo "the tests need Debian's chromium: apt-get install chromium chromium-driver" >&2; exit 1; }
 
 test: $(INSTALLED) browser check ## Linter, type checker and every test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup # two processes whose threads spin would stand in each other's way

@@ -34,13 +34,21 @@ def named_server() -> str | None:
 
 
 def check_server() -> str:
-    """The named server's address. Raises ServerError if none is named, or it does not answer, or is another version."""
+    """The named server's address.
+
+    Raises ServerError if none is named, or its address carries a login, which Prefect writes into the log of each run,
+    or it does not answer, or is another version.
+    """
     url = named_server()
     if url is None:
         raise ServerError(
             "no Prefect server is named: set PREFECT_API_URL, such as http://127.0.0.1:4200/api (`make ui` starts one)"
         )
-    place = without_secrets(url)
+    if (place := without_secrets(url)) != url:
+        raise ServerError(
+            f"Prefect server at {place}: PREFECT_API_URL carries a login, and Prefect logs that address; give it as "
+            "PREFECT_API_AUTH_STRING=USER:PASSWORD instead"
+        )
     try:
         with get_client(sync_client=True) as client:
             client.raise_for_api_version_mismatch()

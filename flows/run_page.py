@@ -127,12 +127,19 @@ def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
         )
         if (picture := report.parent / "figures" / "front.png").is_file():
             data = base64.b64encode(picture.read_bytes()).decode()
-            create_image_artifact(key=artifact_key(f"{record.name}-picture"), image_url=f"data:image/png;base64,{data}")
+            create_image_artifact(
+                key=artifact_key(f"{record.name}-picture"), image_url=f"data:image/png;base64,{data}",
+                description="accuracy over cost",
+            )  # fmt: skip
         create_link_artifact(
-            key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report"
-        )
+            key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report",
+            description="a file on the machine that ran the sweep",
+        )  # fmt: skip
         if tracked is not None:
-            create_link_artifact(key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow")
+            create_link_artifact(
+                key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow",
+                description="settings, figures, grid points, router",
+            )  # fmt: skip
 
 
 def artifact_key(text: str) -> str:

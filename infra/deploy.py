@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 
 from flows.prefect_server import check_server
 from quee_core.config import SweepConfig, load_config, parse_config
@@ -50,7 +51,8 @@ def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbone
     print(f"work pool: {pool}; tasks on accelerators at a time: {gpus}")
     done = subprocess.run(
         [Path(sys.executable).with_name("prefect"), "--no-prompt", "deploy", "--all"],
-        cwd=ROOT, env=os.environ | {"QUEE_ROOT": str(root), "QUEE_POOL": pool}, check=False,
+        cwd=ROOT, check=False,
+        env=os.environ | {"QUEE_ROOT": str(root), "QUEE_POOL": pool, "QUEE_UI": get_current_settings().ui_url or ""},
     )  # fmt: skip
     if done.returncode:
         raise ConfigError(f"prefect deploy ended with {done.returncode}; what it said stands above")

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quee_core.errors import ConfigError, did_you_mean
 from quee_core.paths import PathTree, PolicyName, check_bit_widths
-from quee_core.redaction import without_secrets
+from quee_core.redaction import WITHOUT_LOGIN, without_secrets
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,6 +42,9 @@ def _no_credentials(address: str) -> str:
             "MLFLOW_TRACKING_PASSWORD"
         )
     return address
+
+
+Address = Annotated[str, AfterValidator(_no_credentials), Field(json_schema_extra={"pattern": WITHOUT_LOGIN})]
 
 
 class DatasetConfig(Section):
@@ -88,7 +91,7 @@ class BackboneConfig(Section):
     """A frozen pretrained classifier, and where it is cut."""
 
     name: str = Field("micro_vit_fashion_mnist", description="A name that `quee backbones` lists.")
-    checkpoint: str | None = Field(
+    checkpoint: Address | None = Field(
         None,
         description="Weights: safetensors, or a pickle of plain tensors; a path, or an s3:// address. A relative path "
         "counts from the working folder, and if it is not there from dataset.root.",
@@ -99,11 +102,6 @@ class BackboneConfig(Section):
     exits: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="Blocks that have run at each exit, ascending; by default four, evenly spaced."
     )
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _without_credentials(cls, place: str | None) -> str | None:
-        return None if place is None else _no_credentials(place)
 
 
 class PathsConfig(Section):
@@ -273,14 +271,14 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     batch: int = Field(256, ge=1, description="Images a batch in the walk.")
     shard_images: int = Field(5000, ge=1, description="Images of one shard: the work that a crash can lose.")
-    store: str = Field(
+    store: Address = Field(
         "store",
         description="Folder of the store of tables, or its URL, such as s3://bucket/prefix; credentials for it come "
         "from AWS's usual variables or a profile.",
     )
     runs: FilePath = Field(FilePath("runs"), description="Folder of records and reports.")
-    mlflow_uri: str | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
-    artifacts: str | None = Field(
+    mlflow_uri: Address | None = Field(None, description="MLflow tracking URI; by default SQLite in the runs folder.")
+    artifacts: Address | None = Field(
         None,
         description="Folder or URL (s3://bucket/folder) for figures and models of MLflow experiments that are new; by "
         "default a folder beside MLflow's SQLite file, and what the server says where mlflow_uri names one.",
@@ -295,11 +293,6 @@ class RunConfig(Section):
     dask_timeout: float = Field(
         60.0, gt=0, description="Seconds in which that scheduler must answer, and have a worker again if none is left."
     )
-
-    @field_validator("store", "mlflow_uri", "artifacts")
-    @classmethod
-    def _without_credentials(cls, address: str | None) -> str | None:
-        return None if address is None else _no_credentials(address)
 
     @field_validator("dask")
     @classmethod

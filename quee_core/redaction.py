@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 # A password may hold a raw "/" or "@", so what stands before the last "@" goes: in the authority, or behind a
-# colon that no port follows.
-_CREDENTIALS = re.compile(r"(?<=://)(?:[^/?#\s\"'<>]*@|[^/?#\s\"'<>:@]*:(?!\d+(?:[/?#\s\"'<>]|$))[^\s\"'<>]*@)")
+# colon that no port follows. No "[/" in it: Prefect's command, which shows a form's pattern, takes that for markup.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/?#\s\"'<>]*@|[^/?#\s\"'<>:@]*:(?!\d+(?:[?/#\s\"'<>]|$))[^\s\"'<>]*@)")
+WITHOUT_LOGIN = f"^(?!.*(?:{_CREDENTIALS.pattern}))"  # for forms, which refuse it before it is sent and stored
 _QUERY = re.compile(
     r"([?&;](?:[\w.-]*(?:password|passwd|pwd|secret|token|signature|credential|api[-_]?key|access[-_]?key)[\w.-]*|sig)=)"
     r"[^&;#\s\"'<>]*",

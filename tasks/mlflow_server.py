@@ -75,7 +75,7 @@ def client_of(uri: str) -> MlflowClient:
     """A client of the server or database at `uri`; its libraries log no more than what went wrong."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news, a failure is told
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

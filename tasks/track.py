@@ -20,7 +20,7 @@ from quee_core.redaction import redacted, without_secrets
 from quee_core.report.figures import all_figures
 from quee_core.runs import record_digest
 from quee_core.tracked import Row, metrics_of, params_of, tables_of, tags_of
-from tasks.figure_images import write_images
+from tasks.figure_image import write_image
 from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
 
@@ -136,7 +136,7 @@ def _write_tables(tables: Mapping[str, Sequence[Row]], folder: FilePath) -> None
 
 
 def _write_figures(record: SweepRecord, folder: FilePath) -> None:
-    """As pages that need no network, and as images where that is possible; those of an earlier record go."""
+    """As pages that need no network, the front as an image too where that is possible; an earlier record's go."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = all_figures(record)
     for old in folder.iterdir():
@@ -144,7 +144,7 @@ def _write_figures(record: SweepRecord, folder: FilePath) -> None:
             old.unlink()
     for name, figure in figures.items():
         figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
-    write_images(figures, folder)
+    write_image(figures["front"], folder / "front.png")
 
 
 def _log_points(client: MlflowClient, experiment: str, parent: str, rows: Sequence[GridRow], at_once: int) -> None:

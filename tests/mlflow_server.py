@@ -1,5 +1,7 @@
 """A real MLflow server on loopback, which a test can kill and start again, and one that serves a registered model."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from PIL import Image
 
 from tests.processes import end_with_parent, free_ports
 
@@ -37,11 +40,20 @@ class Serving:
 
     def start(self) -> Self:
         """Start it, and return once it answers."""
+        return self.launch().ready()
+
+    def launch(self) -> Self:
+        """Start it; from a thread that stays, with whose end the server ends too."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [BIN / "mlflow", *self._arguments], env=self._environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM),
             )  # fmt: skip
+        return self
+
+    def ready(self) -> Self:
+        """Return once it answers."""
+        assert self._process is not None
         deadline = time.monotonic() + DEADLINE
         while True:
             try:
@@ -115,6 +127,16 @@ class ModelServer(Serving):
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)
+
+
+def encoded(images: list[Image.Image]) -> list[str]:
+    """Images as a served router takes them: PNG in base64."""
+    texts = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        texts.append(base64.b64encode(buffer.getvalue()).decode())
+    return texts
 
 
 @pytest.fixture(scope="session")

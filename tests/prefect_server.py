@@ -1,5 +1,6 @@
 """A real Prefect server on loopback, and a worker of its pool: started by a test, ended by their own pids."""
 
+import base64
 import json
 import os
 import signal
@@ -55,9 +56,10 @@ def _prepare() -> None:
 class PrefectServer:
     """Its address, the surroundings of whoever talks to it, and its REST interface."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, login: str | None) -> None:
         self.folder = folder
         self.url = f"http://127.0.0.1:{port}/api"
+        self._headers = {"content-type": "application/json"}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QUEE_"))},
             "PREFECT_API_URL": self.url,
@@ -67,11 +69,14 @@ class PrefectServer:
             "DO_NOT_TRACK": "true",
             "NO_COLOR": "1",
         }
+        if login is not None:
+            self.environment["PREFECT_API_AUTH_STRING"] = login
+            self._headers["authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
 
     def ask(self, place: str, body: object = None) -> Any:
         """Answer of a GET, or a POST of `body`."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + place, data, {"content-type": "application/json"})
+        request = urllib.request.Request(self.url + place, data, self._headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
@@ -99,16 +104,18 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(folder: Path) -> Iterator[PrefectServer]:
-    """A server that answers, its database below `folder`."""
+def prefect_server(folder: Path, login: str | None = None) -> Iterator[PrefectServer]:
+    """A server that answers, its database below `folder`. login: "user:password" that it asks for."""
     [port] = free_ports(1)
-    server = PrefectServer(folder, port)
+    server = PrefectServer(folder, port, login)
     settings = server.environment | {
         "PREFECT_HOME": str(folder / "server"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
     }
     settings.pop("PREFECT_API_URL")
+    if login is not None:
+        settings["PREFECT_SERVER_API_AUTH_STRING"] = login
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     with running(command, folder / "server.log", settings) as process:
 

@@ -57,8 +57,8 @@ def check_tracked(folder: Path, record: SweepRecord) -> set[str]:
 
     figures = all_figures(record)
     own = parent.info.run_id
-    pages = {f.path for f in client.list_artifacts(own, "figures") if not f.path.endswith(".png")}
-    assert {f"figures/{name}.html" for name in figures} == pages
+    logged = {file.path for file in client.list_artifacts(own, "figures")}
+    assert logged == {"figures/front.png", *(f"figures/{name}.html" for name in figures)}
     for name, figure in figures.items():
         page = Path(client.download_artifacts(own, f"figures/{name}.html", str(folder))).read_text("utf-8")
         assert to_json_plotly(figure.to_plotly_json()["data"]) in page, name

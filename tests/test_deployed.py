@@ -162,13 +162,17 @@ def test_an_announced_backbone_is_swept_once(deployed: PrefectServer, sweep: Swe
 
 
 def test_without_a_server_each_command_says_so_in_a_line(server: PrefectServer) -> None:
-    server.environment["PREFECT_API_URL"] = "http://user:planted@127.0.0.1:1/api"
     try:
-        for command in (["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"]):
-            done = server.do(*command)
-            assert done.returncode != 0
-            assert "error: Prefect server at http://127.0.0.1:1/api: it does not answer" in done.stderr
-            assert "Traceback" not in done.stderr
-            assert "planted" not in done.stdout + done.stderr
+        for address, told in (
+            ("http://127.0.0.1:1/api", "it does not answer"),
+            ("http://user:planted@127.0.0.1:1/api", "PREFECT_API_URL carries a login"),
+        ):
+            server.environment["PREFECT_API_URL"] = address
+            for command in (["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"]):
+                done = server.do(*command)
+                assert done.returncode != 0
+                assert f"error: Prefect server at http://127.0.0.1:1/api: {told}" in done.stderr
+                assert "Traceback" not in done.stderr
+                assert "planted" not in done.stdout + done.stderr
     finally:
         server.environment["PREFECT_API_URL"] = server.url

@@ -42,3 +42,13 @@ def test_the_python_shown_routes_an_image(
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"\b(TIME|REPEAT|TODO|XXX|FIXME)\b", README)
+
+
+def test_its_pictures_are_there_and_small() -> None:
+    pictures = re.findall(r"!\[[^\]]{20,}\]\((docs/[\w-]+\.png)\)", README)
+    assert len(pictures) == README.count("![") > 0
+    for picture in pictures:
+        file = Path(__file__).parents[1] / picture
+        with Image.open(file) as image:
+            assert image.width >= 1200
+        assert file.stat().st_size < 300_000

@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import io
 import json
 import os
 import subprocess
@@ -30,7 +29,7 @@ from tasks.registry import CHAMPION, HISTORY_TAG
 from tasks.router_package import SERVING
 from tasks.track import track
 from tests.finished_run import FinishedRun, finished_run  # noqa: F401 (a fixture)
-from tests.mlflow_server import MlflowServer, ModelServer
+from tests.mlflow_server import MlflowServer, ModelServer, encoded
 from tests.processes import free_ports
 from tests.quee_command import quee, refused
 
@@ -196,15 +195,6 @@ def imported_at_once(path: Path) -> Iterator[str]:
             yield from (name.name.partition(".")[0] for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module.partition(".")[0]
-
-
-def encoded(images: list[Image.Image]) -> list[str]:
-    texts = []
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, "png")
-        texts.append(base64.b64encode(buffer.getvalue()).decode())
-    return texts
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,16 @@ import plotly.graph_objects as go
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from PIL import Image, ImageColor
 
 from quee_core.config import SweepConfig
 from quee_core.errors import ServerError
 from quee_core.record import FrontPoint, SweepRecord, images_key
+from quee_core.report import palette
+from quee_core.report.figures import front
 from quee_core.runs import REPORT, record_digest
 from quee_core.tracked import MAX_VALUE, metrics_of, params_of, tables_of
-from tasks.figure_images import write_images
+from tasks.figure_image import write_image
 from tasks.mlflow_server import tracking_of
 from tasks.progress import listening
 from tasks.track import DIGEST_TAG, PARENT_TAG, track
@@ -211,8 +214,25 @@ def test_where_artifacts_go(tmp_path: Path) -> None:
     assert tracking_of(sweep_at("http://host:1", tmp_path)) == ("http://host:1", None)
 
 
-def test_figures_without_kaleido_are_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_front_is_drawn_as_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "quee.track"):
-        done = write_images({"front": go.Figure()}, tmp_path)
-    assert done == (tmp_path / "front.png").is_file()
-    assert done or "figures as PNG are left out: " in caplog.text
+        assert write_image(front(realistic_record()), tmp_path / "front.png"), caplog.text
+    assert caplog.text == ""
+    with Image.open(tmp_path / "front.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1_000_000) or []}
+    assert ImageColor.getrgb(palette.QUEE) in colours
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\nexit 1\n"], ids=["no browser", "one that does not start"])
+def test_without_a_browser_the_image_is_left_out_with_one_line(
+    script: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "chromium").write_text(script)
+        (tmp_path / "chromium").chmod(0o755)
+    with caplog.at_level("INFO", "quee.track"):
+        assert not write_image(go.Figure(), tmp_path / "front.png")
+    assert not (tmp_path / "front.png").exists()
+    [line] = caplog.messages
+    assert line.startswith("front.png is left out: ")
