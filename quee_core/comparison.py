@@ -100,7 +100,7 @@ class Comparison:
 def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     """Measure all methods of a finished run again, from the tables and the router in its folder.
 
-    Raises StoreError where the run's outcomes or router are gone, ConfigError where its settings are not this version's.
+    Raises StoreError where the run's outcomes or router are gone, ConfigError for settings of another version.
     """
     outcomes = run_outcomes(folder)
     deployed = load_router(router_folder(folder))

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows import announcing
 from quee_core.backbones.registry import ASSETS
 from quee_core.config import SweepConfig
+from quee_core.errors import ServerError
 from tests.conftest import small_config
 from tests.prefect_server import ROOT, PrefectServer, prefect_server, until
+from tests.quee_command import only_error, write_sweep
 
 pytestmark = pytest.mark.xdist_group("deployed")
 POOL = "tests"
@@ -161,12 +165,73 @@ def test_an_announced_backbone_is_swept_once(deployed: PrefectServer, sweep: Swe
     assert len(deployed.runs("quee")) == 2
 
 
+def test_make_deploy_says_what_would_keep_runs_waiting(server: PrefectServer) -> None:
+    def deploy(pool: str) -> str:
+        done = server.do("python", "-m", "infra.deploy", "--pool", pool)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    unserved = "note: no worker serves work pool idle yet; start one: .venv/bin/prefect worker start --pool idle"
+    assert unserved in deploy("idle")
+    assert server.do("prefect", "work-pool", "pause", "idle").returncode == 0
+    with server.worker("idle"):
+        until("a worker", lambda: server.ask("/work_pools/idle/workers/filter", {}))
+        told = deploy("idle")
+    assert "note: work pool idle is paused; resume it: .venv/bin/prefect work-pool resume idle" in told
+    assert unserved not in told
+
+
+def test_a_pool_that_cannot_be_used_is_named(server: PrefectServer) -> None:
+    assert server.do("prefect", "work-pool", "create", "cloud", "--type", "ecs").returncode == 0
+    for pool, told in (("cloud", "work pool cloud: it is of type ecs; name another"), ("a/b", "work pool a/b: name: ")):
+        done = server.do("python", "-m", "infra.deploy", "--pool", pool)
+        assert done.returncode == 2, done.stdout
+        assert only_error(done.stderr).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"version": "9.1.0"}, "Found incompatible versions: client: 3.8.8, server: 9.1.0. Major versions must match"),
+        ({"login": "quee:planted"}, "it wants a login, or another one; set PREFECT_API_AUTH_STRING to user:password"),
+    ],
+    ids=["version", "login"],
+)
+def test_a_server_that_is_of_another_version_or_wants_a_login_is_told_by_each_command(
+    kind: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    write_sweep(tmp_path)
+    commands = (
+        ["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"],
+        ["quee", "sweep", tmp_path / "sweep.yaml"],
+    )  # fmt: skip
+    with prefect_server(tmp_path / "prefect", **kind) as other:
+        for command in commands:
+            done = other.do(*command)
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert only_error(done.stdout + done.stderr).startswith(f"Prefect server at {other.url}: {told}")
+        if "login" not in kind:
+            return
+        other.environment["PREFECT_API_AUTH_STRING"] = kind["login"]
+        done = other.do("quee", "backbones", "announce", "vit")
+        assert done.returncode == 0, done.stdout + done.stderr
+        changed = {PREFECT_API_URL: other.url, PREFECT_API_AUTH_STRING: "quee:changed"}
+        with temporary_settings(changed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(announcing, "check_server", lambda: other.url)  # the login changes right after it
+            with pytest.raises(ServerError) as refused:
+                announcing.announce_backbone("vit")
+        message = str(refused.value)
+        assert message.startswith(f"Prefect server at {other.url}: it does not take events (Client error '401")
+        assert "\n" not in message
+        assert "changed" not in message
+
+
 def test_without_a_server_each_command_says_so_in_a_line(server: PrefectServer) -> None:
     server.environment["PREFECT_API_URL"] = "http://user:planted@127.0.0.1:1/api"
     try:
         for command in (["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"]):
             done = server.do(*command)
-            assert done.returncode != 0
+            assert done.returncode == 2
             assert "error: Prefect server at http://127.0.0.1:1/api: it does not answer" in done.stderr
             assert "Traceback" not in done.stderr
             assert "planted" not in done.stdout + done.stderr

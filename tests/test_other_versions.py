@@ -1,4 +1,4 @@
-"""What another version of quee wrote is refused by name, with what to do about it, and never read as if it were ours."""
+"""What another version of quee wrote is refused by name, with what to do, and never read as if it were ours."""
 
 import json
 import shutil
