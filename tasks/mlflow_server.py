@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from quee_core.config import SweepConfig
-from quee_core.errors import ServerError
+from quee_core.errors import ServerError, ServerUnreachableError
 from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
 
@@ -53,14 +53,23 @@ def run_address(sweep: SweepConfig, record: SweepRecord, run: str) -> str | None
 
 @contextmanager
 def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
-    """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`."""
+    """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`.
+
+    ServerUnreachableError where the server does not answer.
+    """
     try:
         yield
     except (MlflowException, SQLAlchemyError, BotoCoreError, ClientError, Boto3Error, OSError) as error:
+        if gives_no_answer(error):  # what else it says is urllib3's, which names the address three times
+            why = "no server answers there" if "NewConnectionError" in str(error) else "the server breaks off"
+            raise ServerUnreachableError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
         why = (str(error) or type(error).__name__).splitlines()[0]
-        if "Max retries exceeded" in why:  # the rest is urllib3's, which names the address three times
-            why = "no server answers there" if "NewConnectionError" in why else "the server breaks off"
         raise ServerError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
+
+
+def gives_no_answer(error: BaseException) -> bool:
+    """Whether MLflow's client has given up on a server that is away, which then takes no word of the failure either."""
+    return any(said in str(error) for said in ("Max retries exceeded", "Connection aborted"))
 
 
 def sweep_advice(report: FilePath) -> str:

@@ -17,9 +17,10 @@ from quee_core.evaluation import QUEE
 from quee_core.record import Registration, StageTiming, SweepRecord
 from quee_core.runs import record_digest, router_folder, write_registration
 from quee_core.tracked import front_summary, tags_of
-from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
+from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
 from tasks.registry import RouterRegistry
+from tasks.retries import PATIENT
 from tasks.router_package import FRONT, FRONT_ARTIFACT, package_router
 from tasks.track import DIGEST_TAG
 
@@ -28,7 +29,7 @@ VERDICT_TAG = "quee.verdict"
 MODEL = "router"
 
 
-@task(task_run_name="register-{record.name}", cache_policy=NO_CACHE)
+@task(task_run_name="register-{record.name}", cache_policy=NO_CACHE, **PATIENT)
 def register(
     sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: FilePath, run: str
 ) -> tuple[Registration, StageTiming]:
@@ -100,8 +101,9 @@ def _log(
             )  # fmt: skip
             made = package_router(router_folder(folder), FilePath(scratch) / FRONT, FilePath(scratch) / "model", model)
             client.log_model_artifacts(logged.model_id, str(made))
-    except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
+    except BaseException as error:
+        if not gives_no_answer(error):
+            client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
     return client.finalize_logged_model(logged.model_id, "READY")

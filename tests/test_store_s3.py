@@ -21,7 +21,7 @@ from quee_core.entries import table_entry
 from quee_core.errors import AbsentTableError, DamagedTableError, StoreError, StoreUnreachableError
 from quee_core.s3_place import PART, S3Place
 from quee_core.store import Store
-from tasks.extract import is_transient
+from tasks.retries import is_transient
 from tests.feature_tables import PATHS, numbered_cell, small_table
 from tests.processes import free_ports
 from tests.quee_command import only_error, refused, write_sweep
