@@ -26,6 +26,8 @@ from tasks.assemble import FITTED_ON, Assembled, assemble_outcomes
 from tasks.grid_cluster import check_cluster, cluster_client, grid_client
 from tasks.grid_run import run_grid
 from tasks.predict_grid import grid_job, predict_grid
+from tasks.progress import listening
+from tests.attempts import Attempts, in_a_flow
 from tests.conftest import SmallSweep, small_config
 from tests.dask_cluster import ROOT, DaskCluster, dask_cluster, wait_until
 from tests.quee_command import refused, write_config
@@ -275,6 +277,22 @@ def test_a_scheduler_lost_in_the_middle_is_told_and_a_rerun_continues(
     fits, computed, reused = prepared.fitted(prepared.sweep(tmp_path))
     assert reused >= done > 0
     assert computed == len(fits) - reused > 0
+    assert bits(fits) == undisturbed
+
+
+@pytest.mark.usefixtures("prefect_home")
+def test_a_scheduler_that_is_lost_and_started_again_costs_the_grid_nothing(
+    prepared: Prepared, undisturbed: bytes, tmp_path: Path
+) -> None:
+    with dask_cluster(tmp_path / "dask") as cluster:
+        sweep = prepared.sweep(tmp_path, dask=cluster.address, dask_timeout=30)
+        attempts = Attempts(first=cluster.scheduler.kill, broken=cluster.restart)
+        with listening(attempts):
+            fits, timing = in_a_flow(lambda: predict_grid(sweep, prepared.assembled))
+    assert attempts.begun == ["fit the grid", "fit the grid"]
+    assert attempts.ended == ["broken off", f"{timing.computed} computed"]
+    assert timing.reused > 0
+    assert timing.computed + timing.reused == len(fits)
     assert bits(fits) == undisturbed
 
 

@@ -1,20 +1,22 @@
 """What can pass is waited for, by every stage and in bounded time; what can't is tried once."""
 
 import time
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from mlflow.tracking import MlflowClient
-from prefect import Task, flow
+from prefect import Task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import Artifact
+from prefect.context import FlowRunContext
 from prefect.states import Failed
 from rich.console import Console
 from rich.text import Text
 
 from flows.display import SweepDisplay
-from flows.prefect_server import OwnServer
+from flows.run_page import RunPage
 from quee_core.errors import (
     ConfigError,
     DataError,
@@ -33,6 +35,7 @@ from tasks.progress import listening
 from tasks.register import register
 from tasks.retries import is_transient
 from tasks.track import DIGEST_TAG, STAGE, track
+from tests.attempts import Attempts, in_a_flow
 from tests.mlflow_server import MlflowServer
 from tests.processes import free_ports
 from tests.quee_command import refused
@@ -40,7 +43,6 @@ from tests.sweep_records import realistic_record
 from tests.test_bad_input import folder_sweep, noise, write_folder
 from tests.test_tracking import record_of, runs_of, sweep_at
 
-T = TypeVar("T")
 STAGES = (calibrate, train_heads, extract, assemble_outcomes, predict_grid, evaluate, track, register)
 pytestmark = [
     pytest.mark.usefixtures("prefect_home"),
@@ -66,39 +68,6 @@ def test_every_stage_is_tried_again_for_what_passes_and_for_nothing_else(stage: 
 )  # fmt: skip
 def test_bad_input_and_bugs_do_not_pass(error: Exception, passes: bool) -> None:
     assert is_transient(None, None, Failed(data=error)) is passes
-
-
-class Attempts:
-    """A listener that notes beginnings and ends of stages.
-
-    first: called at the first step of all; broken: when a stage has broken off, before it is tried again.
-    """
-
-    def __init__(self, first: Callable[[], None] = lambda: None, broken: Callable[[], object] = lambda: None) -> None:
-        self.begun: list[str] = []
-        self.ended: list[str] = []
-        self._first, self._broken = first, broken
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        del total, unit
-        self.begun.append(stage)
-
-    def end(self, stage: str, note: str, *, whole: bool) -> None:
-        del stage, whole
-        self.ended.append(note.partition(",")[0])
-        if self.ended == ["broken off"]:
-            self._broken()
-
-    def advance(self, stage: str, steps: int) -> None:
-        del stage, steps
-        first, self._first = self._first, lambda: None
-        first()
-
-
-def in_a_flow(work: Callable[[], T]) -> T:
-    """What `work` gives as the one task of a flow, by Prefect's own engine."""
-    OwnServer()
-    return flow(work, name="of-tests", validate_parameters=False)()
 
 
 def drawn(file: StringIO) -> str:
@@ -166,3 +135,22 @@ def test_bad_input_is_tried_once(tmp_path: Path) -> None:
         told = refused(tmp_path, "sweep", config)
     assert "image cannot be decoded" in told
     assert (attempts.begun, attempts.ended) == (["calibrate"], ["failed"])
+
+
+def test_a_run_page_has_one_bar_for_a_stage_that_broke_off() -> None:
+    def broken_off_once() -> list[Artifact]:
+        page = RunPage()
+        page.begin("extract", 10, "images")
+        page.advance("extract", 4)
+        page.end("extract", "broken off, 1.0 s", whole=False)
+        page.begin("extract", 10, "images")
+        page.end("extract", "1 computed, 2 from the store, 3.0 s", whole=True)
+        run = FlowRunContext.get().flow_run.id
+        with get_client(sync_client=True) as client:
+            return client.read_artifacts(
+                artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+            )
+
+    [bar] = in_a_flow(broken_off_once)
+    assert bar.data == 100
+    assert bar.description == "extract: 0 of 10 images; 1 computed, 2 from the store, 3.0 s"
