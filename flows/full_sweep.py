@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
 LOGGED = ("quee_core", "quee")  # whose lines Prefect keeps: PREFECT_LOGGING_EXTRA_LOGGERS names them too
 RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its figures
 
+_checked: ContextVar[SweepConfig | None] = ContextVar("quee_checked_sweep", default=None)
+
 
 @flow(
     name="quee",
@@ -55,7 +58,8 @@ def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the de
 
 def swept(sweep: SweepConfig, folder: Path) -> Path:
     """The stages of a sweep; returns the report's path."""
-    check_places(sweep)
+    if _checked.get() != sweep:  # who runs it in this process has seen to it, before anything was started
+        check_places(sweep)
     store_of(sweep).sweep_orphans()  # what killed writers left
     timings = [calibrate(sweep), train_heads(sweep)]
     assembled, filled = fill_tables(sweep, folder / "outcomes")
@@ -119,7 +123,11 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     else:
         check_server()
     with SweepDisplay(console) as display, listening(display), prefect_faults():
-        report = Path(full_sweep(sweep))
+        token = _checked.set(sweep)
+        try:
+            report = Path(full_sweep(sweep))
+        finally:
+            _checked.reset(token)
     return read_record(report.with_name("record.json")), report
 
 
