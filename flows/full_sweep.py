@@ -1,6 +1,7 @@
 """The flow `quee`, deployed as `quee/full-sweep`: one sweep from images to front."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
-from flows.run_page import RunPage, show_front
+from flows.run_page import MLFLOW_PAGES, RunPage, show_front
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
@@ -69,7 +70,7 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     tracked, _ = track(sweep, record, folder, report)
     registration, _ = register(sweep, record, folder, report, tracked)
     if named_server() is not None:
-        show_front(record, report, run_address(sweep, record, tracked))
+        show_front(record, report, run_address(sweep, record, tracked, os.environ.get(MLFLOW_PAGES)))
     get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return report

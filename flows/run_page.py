@@ -26,6 +26,7 @@ from quee_core.record import SweepRecord
 
 logger = logging.getLogger("quee.page")
 
+MLFLOW_PAGES = "QUEE_MLFLOW_PAGES"  # variable: where browsers find MLflow, if not at the sweep's run.mlflow_uri
 INTERVAL = 2.0  # seconds; each update is an event that the server stores
 LEAST_STEP = 1.0  # percent
 

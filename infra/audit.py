@@ -44,8 +44,10 @@ def verdict(dependencies: list[dict[str, Any]]) -> tuple[int, list[str]]:
 
 def _asked(requirements: Path, tool: Path) -> list[dict[str, Any]] | str:
     """What pip-audit says of each of them, or why it says nothing."""
-    command = [tool, "--requirement", requirements, "--no-deps", "--disable-pip", "--format", "json"]
-    done = subprocess.run([*command, "--progress-spinner", "off"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool, "--requirement", requirements, "--no-deps", "--disable-pip", "--format", "json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     try:
         said: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):

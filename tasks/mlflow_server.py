@@ -41,14 +41,18 @@ def database_uri(runs: FilePath) -> str:
     return f"sqlite:///{runs.resolve() / DATABASE}"
 
 
-def run_address(sweep: SweepConfig, record: SweepRecord, run: str) -> str | None:
-    """Where a browser finds a tracked run; None where no server tracks. Raises ServerError if it does not answer."""
+def run_address(sweep: SweepConfig, record: SweepRecord, run: str, pages: str | None = None) -> str | None:
+    """Where a browser finds a tracked run; None where no server shows it. Raises ServerError if it does not answer.
+
+    pages: MLflow's address for browsers, where that is another than the one it is tracked at.
+    """
     uri, artifacts = tracking_of(sweep)
-    if not uri.startswith(("http://", "https://")):
+    shown = pages or uri
+    if not shown.startswith(("http://", "https://")):
         return None
     with mlflow_faults(uri, "the sweep is finished and tracked"):
         experiment = experiment_of(client_of(uri), record, artifacts)
-    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
+    return f"{without_secrets(shown).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
 
 
 @contextmanager

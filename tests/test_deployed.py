@@ -1,6 +1,7 @@
 """The deployments, on a real Prefect server with a real worker: `make deploy`, runs, the watch, announcements."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows import announcing
+from flows.run_page import MLFLOW_PAGES
 from quee_core.backbones.registry import ASSETS
 from quee_core.config import SweepConfig
 from quee_core.errors import ServerError
@@ -45,6 +47,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepConfig:
 @pytest.fixture(scope="module")
 def swept(deployed: PrefectServer, sweep: SweepConfig) -> Iterator[dict[str, Any]]:
     """The run of `quee/full-sweep` by a worker, which stays for the tests that follow."""
+    deployed.environment[MLFLOW_PAGES] = "http://someone:planted@mlflow.lab:5000/"
     with deployed.worker(POOL):
         done = deployed.do(
             "prefect", "deployment", "run", "quee/full-sweep", "--watch",
@@ -109,6 +112,8 @@ def test_a_run_shows_its_tasks_its_progress_and_its_front(swept: dict[str, Any],
     assert artifacts["cells"]["data"] == 100
     assert "18 of 18 cells" in artifacts["cells"]["description"]
     assert "images/s" in artifacts["extract"]["description"]
+    link = r"\[run in MLflow\]\(http://mlflow\.lab:5000/#/experiments/\d+/runs/[0-9a-f]{32}\)"
+    assert re.fullmatch(link, artifacts["small-mlflow"]["data"])
     front = json.loads(artifacts["small-front"]["data"])
     assert len(front) == 7
     assert all(" to " not in row["95 %"] and row["95 %"].startswith("[") for row in front)
