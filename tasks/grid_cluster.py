@@ -136,8 +136,10 @@ def _threads_here(threads: int) -> Iterator[Client]:
                 threads_per_worker=threads,
                 processes=False,
                 dashboard_address=None,
-                # it serves health and metrics all the same, by default at a port that a second sweep would want too
+                # both serve health and metrics all the same: by default the scheduler at a port that a second sweep
+                # would want too, and the worker on every interface
                 scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                worker_dashboard_address="127.0.0.1:0",
             ) as cluster,
             Client(cluster) as client,
         ):

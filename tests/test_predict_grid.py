@@ -382,5 +382,6 @@ def test_two_sweeps_at_once_each_have_a_cluster_on_loopback_alone(tmp_path: Path
         warnings.simplefilter("error")
         with grid_client(run) as first, grid_client(run) as second:
             servers = [client.cluster.scheduler.http_server for client in (first, second)]
+            servers += [worker.http_server for client in (first, second) for worker in client.cluster.workers.values()]
             assert {server.address for server in servers} == {"127.0.0.1"}
-            assert len({server.port for server in servers}) == 2
+            assert len({server.port for server in servers}) == 4
