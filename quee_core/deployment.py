@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -130,7 +130,7 @@ class RouterManifest(_Plain):
     full_cost: float
     costs: CostTable
     points: tuple[OperatingPoint, ...]
-    files: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str]
 
 
 @dataclass(frozen=True, eq=False)
