@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from quee_core.champion import ServedFront, contest
 from quee_core.errors import DamagedTableError
+from quee_core.redaction import without_secrets
 from tasks.mlflow_server import gives_no_answer
 from tasks.registry import PREFIX, RouterRegistry
 from tasks.router_package import FRONT_ARTIFACT
@@ -74,4 +75,4 @@ def _front(registry: RouterRegistry, uri: str, dataset: str, number: str) -> Ser
     except (MlflowException, ClientError, OSError, DamagedTableError) as error:
         if gives_no_answer(error):
             raise
-        return f"cannot be read ({' '.join(str(error).split())[:200]})"
+        return without_secrets(f"cannot be read ({' '.join(str(error).split())[:200]})")
