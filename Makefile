@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+AUDIT := .audit
 CONFIG ?= configs/quick.yaml
 
-.PHONY: help install sweep plan deploy ui test check bench bench-dask bench-overhead bench-front lock browser clean
+.PHONY: help install sweep plan deploy ui test check bench bench-dask bench-overhead bench-front audit lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -58,10 +59,14 @@ bench-overhead: $(INSTALLED) ## Print what a sweep of 720 cells spends outside o
 bench-front: $(INSTALLED) ## Print the front against every baseline, over data sets and seeds; DATA_ROOT adds CIFAR-10
 	$(BIN)/python benchmarks/front.py
 
+audit: ## Check the pinned dependencies against PyPI's advisories; wants pypi.org, and says so where there is none
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
+	@$(AUDIT)/bin/python -m infra.audit requirements.lock
+
 lock: ## Resolve the dependencies anew (pip-tools) after pyproject.toml has changed
 	$(BIN)/pip install --quiet pip-tools
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## Remove the environment and caches; stores and runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -4,7 +4,6 @@ import asyncio
 
 from prefect.events import Event, Resource
 from prefect.events.clients import get_events_client
-from websockets.exceptions import WebSocketException
 
 from flows.prefect_server import check_server
 from quee_core.errors import ServerError
@@ -21,9 +20,11 @@ def announce_backbone(name: str) -> str:
     )
     try:
         asyncio.run(_emit(event))
-    except (OSError, WebSocketException) as error:
+    except Exception as error:  # Prefect raises that very class where the event stream does not let it in
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise ServerError(
-            f"Prefect server at {url}: it does not take events ({error}); is it the right one?"
+            f"Prefect server at {url}: it does not take events ({why}); is it the right one, and "
+            "PREFECT_API_AUTH_STRING its login?"
         ) from error
     return str(event.id)
 

@@ -47,6 +47,7 @@ class SweepDisplay:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._broken: dict[str, TaskID] = {}
         self._plain: dict[str, tuple[int, int, str, float]] = {}  # done, total, unit, when last shown
 
     def __enter__(self) -> Self:
@@ -59,8 +60,11 @@ class SweepDisplay:
         self._bars.stop()
 
     def begin(self, stage: str, total: int, unit: str) -> None:
-        """Show a new stage."""
-        self._tasks[stage] = self._bars.add_task(stage, total=total, unit=unit, note="")
+        """Show a new stage, or one that broke off once more."""
+        if (broken := self._broken.pop(stage, None)) is None:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, unit=unit, note="")
+        else:
+            self._bars.reset(broken, total=total, unit=unit, note="")
         self._plain[stage] = (0, total, unit, time.monotonic())
 
     def advance(self, stage: str, steps: int) -> None:
@@ -78,8 +82,10 @@ class SweepDisplay:
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
         """Mark the stage as over, and its bar as full if it is `whole`."""
+        task = self._tasks[stage]
+        if not whole:
+            self._broken[stage] = task
         if self.console.is_terminal:
-            task = self._tasks[stage]
             total = self._bars.tasks[self._bars.task_ids.index(task)].total
             self._bars.update(task, note=note, completed=total if whole else None)
             self._bars.stop_task(task)

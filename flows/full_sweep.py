@@ -1,8 +1,10 @@
 """The flow `quee`, deployed as `quee/full-sweep`: one sweep from images to front."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from rich.console import Console
 
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
-from flows.run_page import RunPage, show_front
+from flows.run_page import MLFLOW_PAGES, RunPage, show_front
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
@@ -40,6 +42,8 @@ STORE_ROOM = 16_000_000  # bytes, without which a sweep would not get far
 LOGGED = ("quee_core", "quee")  # whose lines Prefect keeps: PREFECT_LOGGING_EXTRA_LOGGERS names them too
 RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its figures
 
+_checked: ContextVar[SweepConfig | None] = ContextVar("quee_checked_sweep", default=None)
+
 
 @flow(
     name="quee",
@@ -55,7 +59,8 @@ def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the de
 
 def swept(sweep: SweepConfig, folder: Path) -> Path:
     """The stages of a sweep; returns the report's path."""
-    check_places(sweep)
+    if _checked.get() != sweep:  # who runs it in this process has seen to it, before anything was started
+        check_places(sweep)
     store_of(sweep).sweep_orphans()  # what killed writers left
     timings = [calibrate(sweep), train_heads(sweep)]
     assembled, filled = fill_tables(sweep, folder / "outcomes")
@@ -65,7 +70,7 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     tracked, _ = track(sweep, record, folder, report)
     registration, _ = register(sweep, record, folder, report, tracked)
     if named_server() is not None:
-        show_front(record, report, run_address(sweep, record, tracked))
+        show_front(record, report, run_address(sweep, record, tracked, os.environ.get(MLFLOW_PAGES)))
     get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return report
@@ -119,7 +124,11 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     else:
         check_server()
     with SweepDisplay(console) as display, listening(display), prefect_faults():
-        report = Path(full_sweep(sweep))
+        token = _checked.set(sweep)
+        try:
+            report = Path(full_sweep(sweep))
+        finally:
+            _checked.reset(token)
     return read_record(report.with_name("record.json")), report
 
 

@@ -37,7 +37,7 @@ def check_server() -> str:
     """The named server's address.
 
     Raises ServerError if none is named, or its address carries a login, which Prefect writes into the log of each run,
-    or it does not answer, or is another version.
+    or it does not answer, wants another login, or is of another version.
     """
     url = named_server()
     if url is None:
@@ -53,11 +53,7 @@ def check_server() -> str:
         with get_client(sync_client=True) as client:
             client.raise_for_api_version_mismatch()
     except (RuntimeError, httpx.HTTPError, ValueError) as error:
-        why = str(error).splitlines()[0] if "incompatible" in str(error) else "it does not answer as one"
-        raise ServerError(
-            f"Prefect server at {place}: {why}; "
-            f"start it, or set PREFECT_API_URL to one of Prefect {prefect.__version__}"
-        ) from error
+        raise ServerError(f"Prefect server at {place}: {_fault(error)}") from error
     return place
 
 
@@ -85,6 +81,16 @@ class OwnServer(SubprocessASGIServer):
         return subprocess.Popen(
             [sys.executable, "-m", "flows.prefect_server", *arguments], env={**os.environ, **_EPHEMERAL, **settings}
         )
+
+
+def _fault(error: Exception) -> str:
+    """What keeps a client of Prefect's from its server, and what to do."""
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+        return "it wants a login, or another one; set PREFECT_API_AUTH_STRING to user:password"
+    if "incompatible" in str(error):
+        why = str(error).splitlines()[0].rstrip(".")
+        return f"{why}; set PREFECT_API_URL to one of Prefect {prefect.__version__}"
+    return f"it does not answer as one; start it, or set PREFECT_API_URL to one of Prefect {prefect.__version__}"
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from quee_core.record import SweepRecord
 
 logger = logging.getLogger("quee.page")
 
+MLFLOW_PAGES = "QUEE_MLFLOW_PAGES"  # variable: where browsers find MLflow, if not at the sweep's run.mlflow_uri
 INTERVAL = 2.0  # seconds; each update is an event that the server stores
 LEAST_STEP = 1.0  # percent
 
@@ -60,14 +61,21 @@ class RunPage:
 
     def __init__(self) -> None:
         self._bars: dict[str, _Bar] = {}
+        self._broken: dict[str, UUID] = {}  # artifacts of stages that ended without being whole, and may begin again
         self._lock = Lock()
 
     def begin(self, stage: str, total: int, unit: str) -> None:
-        """Add the stage's bar."""
+        """Add the stage's bar, or empty that of one that broke off."""
+        with self._lock:
+            artifact = self._broken.pop(stage, None)
         with _though_the_page_lacks_it():
-            artifact = create_progress_artifact(progress=0.0, key=artifact_key(stage), description=f"{stage}: begun")
+            if artifact is None:
+                key = artifact_key(stage)
+                artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=f"{stage}: begun"))
+            else:
+                update_progress_artifact(artifact, progress=0.0, description=f"{stage}: begun again")
             with self._lock:
-                self._bars[stage] = _Bar(cast(UUID, artifact), total, unit, time.monotonic())
+                self._bars[stage] = _Bar(artifact, total, unit, time.monotonic())
 
     def advance(self, stage: str, steps: int) -> None:
         """Move it, where enough has passed since the last time."""
@@ -87,6 +95,8 @@ class RunPage:
         """Say how the stage ended, and fill its bar if it is `whole`."""
         with self._lock:
             bar = self._bars.pop(stage, None)
+            if bar is not None and not whole:
+                self._broken[stage] = bar.artifact
         if bar is None:
             return
         percent = 100.0 if whole else bar.percent

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import StateType, WorkerStatus
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from pydantic import ValidationError
 
 from flows.prefect_server import check_server
 from quee_core.config import SweepConfig, load_config, parse_config
-from quee_core.errors import ConfigError, QueeError
+from quee_core.errors import ConfigError, QueeError, first_misfit
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_LIMIT = "tag:gpu"  # Prefect's name for the limit of tasks that carry the tag
@@ -42,6 +43,7 @@ def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbone
     root: where this repository is on the machines that run.
 
     Raises ServerError if it does not answer, ConfigError if the pool is of another type or Prefect does not deploy.
+    What would keep a run waiting, a pool that is paused or that no worker serves, is told.
     """
     print(f"Prefect server: {check_server()}")
     with get_client(sync_client=True) as client:
@@ -57,6 +59,7 @@ def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbone
     if done.returncode:
         raise ConfigError(f"prefect deploy ended with {done.returncode}; what it said stands above")
     with get_client(sync_client=True) as client:
+        waiting = why_runs_wait(client, pool)
         for name in DEPLOYMENTS:
             there = client.read_deployment_by_name(name)
             given: dict[str, Any] = (
@@ -66,10 +69,9 @@ def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbone
                 given["folder"] = backbones
             if given:
                 client.update_deployment(there.id, DeploymentUpdate(parameters={**there.parameters, **given}))
-    print(
-        "next:  .venv/bin/prefect worker start --pool " + pool + "\n"
-        "       .venv/bin/prefect deployment run quee/full-sweep --watch"
-    )
+    for why in waiting:
+        print(f"note: {why}")
+    print("then: .venv/bin/prefect deployment run quee/full-sweep --watch")
 
 
 def sweep_with(config: Path | None, places: Mapping[str, str]) -> SweepConfig | None:
@@ -85,10 +87,24 @@ def make_pool(client: SyncPrefectClient, name: str) -> None:
     try:
         found = client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        try:
+            wanted = WorkPoolCreate(name=name, type="process")
+        except ValidationError as error:
+            raise ConfigError(f"work pool {name}: {first_misfit(error)}; name another one (--pool)") from None
+        client.create_work_pool(wanted)
         return
     if found.type not in ("process", "kubernetes", "docker"):
         raise ConfigError(f"work pool {name}: it is of type {found.type}; name another one (--pool)")
+
+
+def why_runs_wait(client: SyncPrefectClient, pool: str) -> list[str]:
+    """What keeps runs that are sent to `pool` from starting, and what to do, a line each."""
+    told = []
+    if client.read_work_pool(pool).is_paused:
+        told.append(f"work pool {pool} is paused; resume it: .venv/bin/prefect work-pool resume {pool}")
+    if all(worker.status is not WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(pool)):
+        told.append(f"no worker serves work pool {pool} yet; start one: .venv/bin/prefect worker start --pool {pool}")
+    return told
 
 
 def end_silent_runs(client: SyncPrefectClient) -> None:
@@ -152,7 +168,8 @@ def main() -> None:
         sweep = sweep_with(asked.config, places_of(asked))
         deploy(asked.pool, asked.gpus, asked.root, sweep, asked.backbones)
     except QueeError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DEADLINE = 120.0  # seconds until both must answer
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BIN = Path(sys.executable).parent
 
 
@@ -20,7 +21,7 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
     """Start both servers on what `quee sweep` left below `runs`, and wait for either to end; returns its exit code."""
     runs = runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
-    if host not in ("127.0.0.1", "localhost"):
+    if host not in LOOPBACK:
         print(f"note: listening on {host}: whoever reaches it can read and start everything", file=sys.stderr)
     prefect = [BIN / "prefect", "server", "start", "--host", host, "--port", str(prefect_port)]
     mlflow = [

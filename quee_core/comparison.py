@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.config import SweepConfig
+from quee_core.config import parse_config
 from quee_core.costs import full_cost
 from quee_core.data.splits import SplitName
 from quee_core.deployment import load_router
@@ -100,12 +100,12 @@ class Comparison:
 def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     """Measure all methods of a finished run again, from the tables and the router in its folder.
 
-    Raises StoreError where the run's outcomes or router are gone.
+    Raises StoreError where the run's outcomes or router are gone, ConfigError for settings of another version.
     """
     outcomes = run_outcomes(folder)
     deployed = load_router(router_folder(folder))
     policy, table = deployed.router.policy, deployed.router.table
-    config = SweepConfig.model_validate(record.config)
+    config = parse_config(record.config, source=f"{folder}: settings in its record")
     priced = PricedTree.of(table.without_gates(), policy.tree)
     shipped = [point.as_shipped() for point in deployed.manifest.points]
     fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation.seed)

@@ -17,6 +17,8 @@ from quee_core.redaction import WITHOUT_LOGIN, without_secrets
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 SECRET_FAULT = "credentials"  # begins the fault whose input is not shown
+# settings of earlier versions, and what there is instead
+FORMER = {"run.shards": "say run.shard_images instead, how many images a shard has"}
 _DASK_ADDRESS = re.compile(r"(tcp|tls)://([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 
 
@@ -371,6 +373,8 @@ def parse_config(raw: dict[str, Any], *, source: str) -> SweepConfig:
 
 def _fault(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "sweep"
+    if error["type"] == "extra_forbidden" and place in FORMER:
+        return f"{place}: a setting of an earlier version of quee; {FORMER[place]}"
     if error["type"] == "extra_forbidden":
         return f"{place}: unknown field; {did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
     if error["type"] == "too_short":

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -110,6 +110,12 @@ class Architecture(_Plain):
     image_size: tuple[int, int]
 
 
+class _Format(BaseModel):
+    """What every version of a manifest says."""
+
+    format: int
+
+
 class RouterManifest(_Plain):
     """`router.json`. costs: of every piece, the gates included. points: by ascending cost. files: sha256, hex."""
 
@@ -124,7 +130,7 @@ class RouterManifest(_Plain):
     full_cost: float
     costs: CostTable
     points: tuple[OperatingPoint, ...]
-    files: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,18 +300,20 @@ def read_manifest(folder: FilePath) -> RouterManifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"{folder}: no router here ({MANIFEST} is missing); `quee sweep` writes one for each run")
+    with disk_faults(path, "read"):
+        data = path.read_bytes()
     try:
-        with disk_faults(path, "read"):
-            manifest = RouterManifest.model_validate_json(path.read_bytes())
+        stated = _Format.model_validate_json(data).format  # first, since other formats have other fields
+        if stated != FORMAT:
+            raise StoreError(
+                f"{path}: format {stated}, this version of quee reads {FORMAT}; run the sweep again to write it"
+            )
+        return RouterManifest.model_validate_json(data)
     except ValidationError as error:
-        raise StoreError(f"{path}: not a router of this version of quee: {first_misfit(error)}") from None
+        why = first_misfit(error)
     except (ShapeMismatchError, NumericError, InvalidPathError) as error:
-        raise StoreError(f"{path}: not a router of this version of quee: {error}") from None
-    if manifest.format != FORMAT:
-        raise StoreError(
-            f"{path}: format {manifest.format}, this version of quee reads {FORMAT}; run the sweep again to write it"
-        )
-    return manifest
+        why = str(error)
+    raise StoreError(f"{path}: not a router of this version of quee: {why}; run the sweep again to write it")
 
 
 def router_digest(folder: FilePath) -> str | None:

@@ -7,9 +7,12 @@ from pydantic import ValidationError
 
 
 class QueeError(Exception):
-    """Says what was wrong, where, and what to do about it; ends a command with `exit_code`."""
+    """Says what was wrong, where, and what to do about it; ends a command with `exit_code`. passes: a later try, with
+    nothing changed, can succeed.
+    """
 
     exit_code = 2
+    passes = False
 
 
 class ConfigError(QueeError):
@@ -49,7 +52,9 @@ class StoreError(QueeError):
 
 
 class StoreUnreachableError(StoreError):
-    """A store whose server does not answer, or refuses for the moment: a later try can succeed."""
+    """A store whose server does not answer, or refuses for the moment."""
+
+    passes = True
 
 
 class AbsentTableError(StoreError):
@@ -66,6 +71,12 @@ class DeviceError(QueeError):
 
 class ServerError(QueeError):
     """A server that a sweep needs and that does not start or answer."""
+
+
+class ServerUnreachableError(ServerError):
+    """A server that was lost, or does not answer for the moment."""
+
+    passes = True
 
 
 def fault_behind(error: BaseException) -> QueeError | None:

@@ -58,7 +58,9 @@ def read_record(path: Path) -> SweepRecord:
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        raise StoreError(f"{path}: not a record of this version of quee: {first_misfit(error)}") from None
+        raise StoreError(
+            f"{path}: not a record of this version of quee: {first_misfit(error)}; run its sweep again to write it anew"
+        ) from None
 
 
 def record_digest(record: SweepRecord) -> str:

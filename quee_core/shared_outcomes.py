@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path as FilePath
 
@@ -96,19 +96,19 @@ def mapped_outcomes(store: Store, key: str, folder: FilePath) -> Outcomes:
 
 
 @contextmanager
-def _one_at_a_time(lock: FilePath) -> Iterator[None]:
+def _one_at_a_time(lock: FilePath, *, wait: bool = True) -> Iterator[None]:
+    """Hold `lock`; raises BlockingIOError where another process does and this one is not to `wait`."""
     # the kernel lets go of it with its holder, however that ends
     with lock.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
 def _is_whole(place: FilePath) -> bool:
     try:
-        stated = json.loads((place / _SUMS).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return bool(json.loads((place / _SUMS).read_bytes()) == _sums(place))
+    except (FileNotFoundError, ValueError):  # a cleaner of temporary files may be at it at this very moment
         return False
-    return bool(stated == _sums(place))
 
 
 def _sums(place: FilePath) -> dict[str, str]:
@@ -122,9 +122,10 @@ def _sums(place: FilePath) -> dict[str, str]:
 
 def _remove_unused(folder: FilePath) -> None:
     oldest = time.time() - UNUSED
-    for other in folder.iterdir():
-        if other.is_dir() and other.stat().st_mtime < oldest:
-            shutil.rmtree(other, ignore_errors=True)
+    for other in [path for path in folder.iterdir() if path.is_dir() and path.stat().st_mtime < oldest]:
+        with suppress(BlockingIOError), _one_at_a_time(folder / f"{other.name}.lock", wait=False):  # else in use again
+            if other.stat().st_mtime < oldest:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _cell(given: Mapping[str, str | int]) -> Cell:

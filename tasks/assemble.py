@@ -15,6 +15,7 @@ from quee_core.stages import outcomes_of, split_cells
 from quee_core.tables import is_saved
 from tasks.progress import advance, stage
 from tasks.resolved import network_for, plan_of, store_of
+from tasks.retries import PATIENT
 
 FITTED_ON: tuple[SplitName, ...] = ("target", "select")
 
@@ -32,7 +33,7 @@ class Assembled:
         return "".join(self.keys[split] for split in FITTED_ON)
 
 
-@task(task_run_name="assemble-{sweep.name}", cache_policy=NO_CACHE)
+@task(task_run_name="assemble-{sweep.name}", cache_policy=NO_CACHE, **PATIENT)
 def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, StageTiming]:
     """Read each split's tables into memory-mapped arrays below `folder`; those of other tables are removed."""
     plan, store = plan_of(sweep), store_of(sweep)

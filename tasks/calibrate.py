@@ -9,9 +9,10 @@ from quee_core.record import StageTiming
 from quee_core.stages import calibration_of, exits_of
 from tasks.progress import advance, stage
 from tasks.resolved import device_of, plan_of, store_of
+from tasks.retries import PATIENT
 
 
-@task(task_run_name="calibrate-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"])
+@task(task_run_name="calibrate-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"], **PATIENT)
 def calibrate(sweep: SweepConfig) -> StageTiming:
     """Put the backbone's calibration into the store, unless it is there."""
     plan = plan_of(sweep)
@@ -21,7 +22,7 @@ def calibrate(sweep: SweepConfig) -> StageTiming:
     return work.timing()
 
 
-@task(task_run_name="train-heads-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"])
+@task(task_run_name="train-heads-{sweep.backbone.name}", cache_policy=NO_CACHE, tags=["gpu"], **PATIENT)
 def train_heads(sweep: SweepConfig) -> StageTiming:
     """Put exit heads and embeddings, fitted on `fit`, into the store, unless they are there."""
     plan, store, device = plan_of(sweep), store_of(sweep), device_of(sweep)

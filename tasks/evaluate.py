@@ -26,9 +26,10 @@ from quee_core.tables import Outcomes
 from tasks.assemble import Assembled
 from tasks.progress import advance, stage
 from tasks.resolved import device_of, network_for, plan_of, store_of
+from tasks.retries import PATIENT
 
 
-@task(task_run_name="evaluate-{sweep.name}", cache_policy=NO_CACHE, tags=["gpu"])
+@task(task_run_name="evaluate-{sweep.name}", cache_policy=NO_CACHE, tags=["gpu"], **PATIENT)
 def evaluate(
     sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], timings: list[StageTiming], folder: FilePath
 ) -> SweepRecord:

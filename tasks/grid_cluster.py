@@ -15,7 +15,7 @@ from distributed.security import Security
 from threadpoolctl import threadpool_limits
 
 from quee_core.config import DaskTLSConfig, RunConfig
-from quee_core.errors import ConfigError, ServerError
+from quee_core.errors import ConfigError, ServerError, ServerUnreachableError
 from quee_core.grid_units import in_one_line
 from tasks.grid_worker import refuse_other_build, this_build
 
@@ -108,15 +108,17 @@ def workers_of(client: Client, run: RunConfig) -> int:
     return sum(threads.values())
 
 
-def lost(run: RunConfig, error: BaseException | None = None) -> ServerError:
+def lost(run: RunConfig, error: BaseException | None = None) -> ServerUnreachableError:
     """The fault of a scheduler that has gone in the middle."""
     why = "" if error is None else f" ({in_one_line(error)})"
-    return ServerError(f"run.dask: the scheduler at {run.dask} was lost{why}; start it or its host anew, and {_KEPT}")
+    return ServerUnreachableError(
+        f"run.dask: the scheduler at {run.dask} was lost{why}; start it or its host anew, and {_KEPT}"
+    )
 
 
-def no_worker(run: RunConfig) -> ServerError:
+def no_worker(run: RunConfig) -> ServerUnreachableError:
     """The fault of a scheduler without workers."""
-    return ServerError(
+    return ServerUnreachableError(
         f"run.dask: the scheduler at {run.dask} has had no worker for {run.dask_timeout:g} s; start some "
         f"(dask worker {run.dask}), and {_KEPT}"
     )
@@ -134,8 +136,10 @@ def _threads_here(threads: int) -> Iterator[Client]:
                 threads_per_worker=threads,
                 processes=False,
                 dashboard_address=None,
-                # it serves health and metrics all the same, by default at a port that a second sweep would want too
+                # both serve health and metrics all the same: by default the scheduler at a port that a second sweep
+                # would want too, and the worker on every interface
                 scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                worker_dashboard_address="127.0.0.1:0",
             ) as cluster,
             Client(cluster) as client,
         ):
@@ -183,7 +187,7 @@ def _unreachable(run: RunConfig, error: Exception) -> ServerError:
             f"run.dask: what listens at {run.dask} closes the connection ({why}); see that it is a Dask scheduler, and "
             "whether it wants tls:// and run.dask_tls"
         )
-    return ServerError(
+    return ServerUnreachableError(
         f"run.dask: no scheduler answers at {run.dask} within {run.dask_timeout:g} s ({why}); start one (dask "
         "scheduler), correct the address, or leave run.dask out to fit in this process"
     )

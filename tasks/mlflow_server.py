@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from quee_core.config import SweepConfig
-from quee_core.errors import ServerError
+from quee_core.errors import ServerError, ServerUnreachableError
 from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
 
@@ -41,26 +41,39 @@ def database_uri(runs: FilePath) -> str:
     return f"sqlite:///{runs.resolve() / DATABASE}"
 
 
-def run_address(sweep: SweepConfig, record: SweepRecord, run: str) -> str | None:
-    """Where a browser finds a tracked run; None where no server tracks. Raises ServerError if it does not answer."""
+def run_address(sweep: SweepConfig, record: SweepRecord, run: str, pages: str | None = None) -> str | None:
+    """Where a browser finds a tracked run; None where no server shows it. Raises ServerError if it does not answer.
+
+    pages: MLflow's address for browsers, where that is another than the one it is tracked at.
+    """
     uri, artifacts = tracking_of(sweep)
-    if not uri.startswith(("http://", "https://")):
+    shown = pages or uri
+    if not shown.startswith(("http://", "https://")):
         return None
     with mlflow_faults(uri, "the sweep is finished and tracked"):
         experiment = experiment_of(client_of(uri), record, artifacts)
-    return f"{without_secrets(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
+    return f"{without_secrets(shown).rstrip('/')}/#/experiments/{experiment}/runs/{run}"
 
 
 @contextmanager
 def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
-    """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`."""
+    """Turn a failure of MLflow, or of the disk, into a ServerError of one line that ends with `advice`.
+
+    ServerUnreachableError where the server does not answer.
+    """
     try:
         yield
     except (MlflowException, SQLAlchemyError, BotoCoreError, ClientError, Boto3Error, OSError) as error:
+        if gives_no_answer(error):  # what else it says is urllib3's, which names the address three times
+            why = "no server answers there" if "NewConnectionError" in str(error) else "the server breaks off"
+            raise ServerUnreachableError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
         why = (str(error) or type(error).__name__).splitlines()[0]
-        if "Max retries exceeded" in why:  # the rest is urllib3's, which names the address three times
-            why = "no server answers there" if "NewConnectionError" in why else "the server breaks off"
         raise ServerError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
+
+
+def gives_no_answer(error: BaseException) -> bool:
+    """Whether MLflow's client has given up on a server that is away, which then takes no word of the failure either."""
+    return any(said in str(error) for said in ("Max retries exceeded", "Connection aborted"))
 
 
 def sweep_advice(report: FilePath) -> str:

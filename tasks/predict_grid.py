@@ -14,11 +14,12 @@ from tasks.grid_run import run_grid
 from tasks.grid_worker import GridJob, OutcomesPlace, this_build
 from tasks.progress import advance, stage
 from tasks.resolved import plan_of, store_of
+from tasks.retries import PATIENT
 
 STAGE = "fit the grid"
 
 
-@task(task_run_name="predict-grid-{sweep.name}", cache_policy=NO_CACHE)
+@task(task_run_name="predict-grid-{sweep.name}", cache_policy=NO_CACHE, **PATIENT)
 def predict_grid(sweep: SweepConfig, assembled: Assembled) -> tuple[list[GateFit], StageTiming]:
     """Fit every point of the grid at every gate; finished units are in the store at once, and are not fitted again."""
     units = grid_units(grid_points(sweep), plan_of(sweep).tree)

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Protocol
 
+from quee_core.errors import QueeError
 from quee_core.record import StageTiming
 
 logger = logging.getLogger("quee.progress")
 
 
 class Listener(Protocol):
-    """Hears of every stage's beginning, steps and end; called from several threads."""
+    """Hears of every stage's beginning, steps and end; called from several threads. One that ended without being whole
+    may begin again, from its first step: its task is tried once more.
+    """
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """A stage with `total` steps of `unit` starts."""
@@ -104,6 +107,8 @@ def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time
         if not isinstance(error, Exception):
             _interrupted.set()
             note = "stopped"
+        elif isinstance(error, QueeError) and error.passes:
+            note = "broken off"
         raise
     finally:
         work.seconds = clock() - work.started

@@ -3,7 +3,6 @@
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
@@ -11,16 +10,18 @@ from mlflow.tracking import MlflowClient
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from quee_core.champion import ServedFront, contest, dataset_name, served_front
+from quee_core.champion import ServedFront, dataset_name, served_front
 from quee_core.config import SweepConfig
 from quee_core.evaluation import QUEE
 from quee_core.record import Registration, StageTiming, SweepRecord
 from quee_core.runs import record_digest, router_folder, write_registration
 from quee_core.tracked import front_summary, tags_of
-from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
+from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
 from tasks.registry import RouterRegistry
-from tasks.router_package import FRONT, FRONT_ARTIFACT, package_router
+from tasks.retries import PATIENT
+from tasks.router_package import FRONT, package_router
+from tasks.succession import judge
 from tasks.track import DIGEST_TAG
 
 STAGE = "register the router"
@@ -28,7 +29,7 @@ VERDICT_TAG = "quee.verdict"
 MODEL = "router"
 
 
-@task(task_run_name="register-{record.name}", cache_policy=NO_CACHE)
+@task(task_run_name="register-{record.name}", cache_policy=NO_CACHE, **PATIENT)
 def register(
     sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: FilePath, run: str
 ) -> tuple[Registration, StageTiming]:
@@ -52,8 +53,9 @@ def register(
             logged = _logged(client, experiment, digest) or _log(client, experiment, record, folder, own, run, digest)
             version = _create_version(client, model, logged, record, own, run, digest)
         if (verdict := version.tags.get(VERDICT_TAG)) is None:
-            verdict = _judge(registry, uri, dataset, version, own or _front(version, uri))
-            client.set_model_version_tag(model, version.version, VERDICT_TAG, verdict)
+            verdict, last = judge(registry, uri, dataset, str(version.version), own or served_front(record, folder))
+            if last:
+                client.set_model_version_tag(model, version.version, VERDICT_TAG, verdict)
         champion = registry.champion(dataset)
         number = str(version.version)
         crowned = champion is not None and champion.version == number
@@ -100,8 +102,9 @@ def _log(
             )  # fmt: skip
             made = package_router(router_folder(folder), FilePath(scratch) / FRONT, FilePath(scratch) / "model", model)
             client.log_model_artifacts(logged.model_id, str(made))
-    except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
+    except BaseException as error:
+        if not gives_no_answer(error):
+            client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.log_outputs(run, [LoggedModelOutput(logged.model_id, step=0)])
     return client.finalize_logged_model(logged.model_id, "READY")
@@ -130,31 +133,3 @@ def _create_version(
         },
         model_id=logged.model_id,
     )
-
-
-def _judge(registry: RouterRegistry, uri: str, dataset: str, version: ModelVersion, own: ServedFront) -> str:
-    """Move the alias if that is due; returns how it went."""
-    champion, number = registry.champion(dataset), str(version.version)
-    if champion is None:
-        registry.promote(dataset, number, "first")
-        return "the first router of its data set"
-    if champion.version == number:  # a killed process had come so far
-        return f"champion since {champion.since}: {champion.how}"
-    against = registry.client.get_model_version(champion.model, champion.version)
-    outcome = contest(own, _front(against, uri))
-    if outcome.better:
-        registry.promote(dataset, number, f"better than version {champion.version}")
-        return f"better than version {champion.version}: {outcome.reason}"
-    return (
-        f"not clearly better than version {champion.version}: {outcome.reason}; "
-        f"`quee champion promote {dataset} {number}` overrules this"
-    )
-
-
-def _front(version: ModelVersion, uri: str) -> ServedFront:
-    """The per-image front that lies beside a registered model."""
-    with TemporaryDirectory() as scratch:
-        found = download_artifacts(
-            artifact_uri=f"{str(version.source).rstrip('/')}/{FRONT_ARTIFACT}", dst_path=scratch, tracking_uri=uri
-        )
-        return ServedFront.from_bytes(FilePath(found).read_bytes())

@@ -131,10 +131,25 @@ class RouterRegistry:
         version = self.client.get_model_version(model.name, now.version)
         return Champion(dataset, model.name, now.version, now.since, now.how, version.run_id, dict(version.tags))
 
-    def promote(self, dataset: str, version: str, how: str) -> None:
-        """Put a version in service, and note it and what was there before."""
+    def standing(self, dataset: str) -> str:
+        """Which version is in service since when, in words that are others after each change."""
+        return _standing(self.model(dataset))
+
+    def promotions(self, dataset: str) -> dict[str, str]:
+        """How each version that ever was promoted last came to it."""
+        versions = self.versions(PREFIX + dataset)
+        return {str(v.version): v.tags[PROMOTED_TAG] for v in versions if PROMOTED_TAG in v.tags}
+
+    def promote(self, dataset: str, version: str, how: str, standing: str | None = None) -> bool:
+        """Put a version in service, and note it and what was there before; whether it was done.
+
+        standing: what must still be so. Between this look and the move, some milliseconds, MLflow holds nobody off.
+        """
         model = self.model(dataset)
+        if standing not in (None, _standing(model)):
+            return False
         self._move(model, version, how, history(model))
+        return True
 
     def roll_back(self, dataset: str) -> Reign:
         """Put the champion before this one back in service; returns it.
@@ -188,6 +203,11 @@ def history(model: RegisteredModel) -> list[Reign]:
             return [*reigns, Reign(present, None, "alias set by hand")]
         reigns.pop()
     return reigns or [Reign(present, None, "alias set by hand")]
+
+
+def _standing(model: RegisteredModel) -> str:
+    reigns = history(model)
+    return f"version {reigns[-1].version} since {reigns[-1].since}" if reigns else "none"
 
 
 def _noted(model: RegisteredModel) -> Any:

@@ -21,8 +21,9 @@ from quee_core.report.figures import all_figures
 from quee_core.runs import record_digest
 from quee_core.tracked import Row, metrics_of, params_of, tables_of, tags_of
 from tasks.figure_image import write_image
-from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
+from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
+from tasks.retries import PATIENT
 
 STAGE = "track in MLflow"
 DIGEST_TAG = "quee.record"
@@ -30,7 +31,7 @@ PARENT_TAG = "mlflow.parentRunId"
 AT_ONCE = 8  # children logged together over HTTP, where each request waits; a SQLite file has one writer
 
 
-@task(task_run_name="track-{record.name}", cache_policy=NO_CACHE)
+@task(task_run_name="track-{record.name}", cache_policy=NO_CACHE, **PATIENT)
 def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: FilePath) -> tuple[str, StageTiming]:
     """Log a finished sweep; returns the parent run's id. Finished runs are logged once: the same record adds none.
 
@@ -82,7 +83,8 @@ def _ended(client: MlflowClient, run: str, status: str = "FINISHED") -> Iterator
     try:
         yield
     except BaseException as error:
-        client.set_terminated(run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        if not gives_no_answer(error):
+            client.set_terminated(run, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run, status)
 

@@ -60,17 +60,30 @@ class DaskCluster:
         (folder / "dask.yaml").write_text(yaml.safe_dump(settings))
         self._env = {"DASK_CONFIG": str(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self._file = folder / "scheduler.json"
+        self._arguments = scheduler
         self.workers: dict[str, DaskProcess] = {}
-        self.scheduler = DaskProcess(
-            folder, "scheduler", "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard",
-            "--dashboard-address", "127.0.0.1:0", "--scheduler-file", self._file, *scheduler, env=self._env,
-        )  # fmt: skip
+        self.scheduler = self._scheduler(0)
 
     @property
     def address(self) -> str:
         """tcp://127.0.0.1:PORT, once the scheduler listens."""
         wait_until(self._file.exists, f"no scheduler: {self.scheduler.said}")
         return str(json.loads(self._file.read_text())["address"])
+
+    def restart(self) -> None:
+        """Start scheduler and workers anew, at the same address and by the same names, after the scheduler's end."""
+        port = int(self.address.rpartition(":")[2])
+        self.close()
+        self._file.unlink()
+        self.scheduler = self._scheduler(port)
+        for name in list(self.workers):
+            self.add_worker(name)
+
+    def _scheduler(self, port: int) -> DaskProcess:
+        return DaskProcess(
+            self.folder, "scheduler", "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard",
+            "--dashboard-address", "127.0.0.1:0", "--scheduler-file", self._file, *self._arguments, env=self._env,
+        )  # fmt: skip
 
     def add_worker(
         self, name: str, *arguments: object, nanny: bool = True, code: Path = ROOT, env: Mapping[str, str] | None = None

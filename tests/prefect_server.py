@@ -104,8 +104,12 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(folder: Path, login: str | None = None) -> Iterator[PrefectServer]:
-    """A server that answers, its database below `folder`. login: "user:password" that it asks for."""
+def prefect_server(folder: Path, version: str | None = None, login: str | None = None) -> Iterator[PrefectServer]:
+    """A server that answers, its database below `folder`.
+
+    version: what it says that it is, instead of Prefect's own. login: user:password, without which it tells nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     [port] = free_ports(1)
     server = PrefectServer(folder, port, login)
     settings = server.environment | {
@@ -114,9 +118,13 @@ def prefect_server(folder: Path, login: str | None = None) -> Iterator[PrefectSe
         "PREFECT_SERVER_UI_ENABLED": "false",
     }
     settings.pop("PREFECT_API_URL")
+    command: list[object] = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     if login is not None:
         settings["PREFECT_SERVER_API_AUTH_STRING"] = login
-    command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    if version is not None:
+        serve = f"import prefect, uvicorn; prefect.__version__ = {version!r}; "
+        serve += f"uvicorn.run('prefect.server.api.server:create_app', factory=True, host='127.0.0.1', port={port})"
+        command = [BIN / "python", "-c", serve]
     with running(command, folder / "server.log", settings) as process:
 
         def answers() -> bool:

@@ -23,6 +23,7 @@ from quee_core.runs import read_record
 from quee_core.store import Manifest
 from quee_core.whole_files import is_temporary
 from tests.conftest import small_config
+from tests.listening import listening_addresses
 
 QUEE = Path(sys.executable).with_name("quee")
 DEADLINE = 400  # seconds; only a hang takes as long, on a busy machine too
@@ -139,6 +140,14 @@ class SweepProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def listening(self) -> set[str]:
+        """Addresses that it and what it started listen on at the moment."""
+        return {address for pid in self._alive() for address in listening_addresses(pid)}
 
     @property
     def output(self) -> str:

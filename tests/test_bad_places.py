@@ -14,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows import full_sweep
+from flows.prefect_server import OwnServer
+from quee_core.config import RunConfig, load_config
 from quee_core.errors import StoreError, fault_behind
 from quee_core.record import SweepRecord
 from quee_core.runs import read_record, write_record
 from quee_core.store import Manifest
+from tasks.grid_cluster import check_cluster
 from tests.quee_command import (
     CELLS,
     SweepProcess,
@@ -215,6 +219,32 @@ def test_where_only_the_tracking_fails_the_report_is_there_and_the_command_says_
     assert f"the sweep is finished, its report is {tmp_path}/runs/small/report.html; mend this and run" in told
     assert (tmp_path / "runs" / "small" / "report.html").is_file()
     assert read_record(tmp_path / "runs" / "small" / "record.json").fronts == record.fronts
+
+
+def test_places_are_looked_at_once_also_in_a_run_that_no_command_started(
+    first: tuple[Path, SweepRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[RunConfig] = []
+
+    def look(run: RunConfig) -> None:
+        looks.append(run)
+        check_cluster(run)
+
+    monkeypatch.setattr(full_sweep, "check_cluster", look)  # the last of them
+    folder, _ = first
+    shutil.copytree(folder / "store", tmp_path / "store")
+    write_sweep(tmp_path)
+    finished(tmp_path)
+    assert len(looks) == 1
+
+    monkeypatch.chdir(tmp_path)
+    sweep = load_config(tmp_path / "sweep.yaml")
+    OwnServer()
+    assert Path(full_sweep.full_sweep(sweep)).is_file()  # as a worker does
+    assert len(looks) == 2
+    file = sweep.model_copy(update={"run": sweep.run.model_copy(update={"store": "/dev/null"})})
+    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        full_sweep.full_sweep(file)
 
 
 def test_a_home_of_prefect_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The deployments, on a real Prefect server with a real worker: `make deploy`, runs, the watch, announcements."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows import announcing
+from flows.run_page import MLFLOW_PAGES
 from quee_core.backbones.registry import ASSETS
 from quee_core.config import SweepConfig
+from quee_core.errors import ServerError
 from tests.conftest import small_config
 from tests.prefect_server import ROOT, PrefectServer, prefect_server, until
+from tests.quee_command import only_error, write_sweep
 
 pytestmark = pytest.mark.xdist_group("deployed")
 POOL = "tests"
@@ -41,6 +47,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepConfig:
 @pytest.fixture(scope="module")
 def swept(deployed: PrefectServer, sweep: SweepConfig) -> Iterator[dict[str, Any]]:
     """The run of `quee/full-sweep` by a worker, which stays for the tests that follow."""
+    deployed.environment[MLFLOW_PAGES] = "http://someone:planted@mlflow.lab:5000/"
     with deployed.worker(POOL):
         done = deployed.do(
             "prefect", "deployment", "run", "quee/full-sweep", "--watch",
@@ -105,6 +112,8 @@ def test_a_run_shows_its_tasks_its_progress_and_its_front(swept: dict[str, Any],
     assert artifacts["cells"]["data"] == 100
     assert "18 of 18 cells" in artifacts["cells"]["description"]
     assert "images/s" in artifacts["extract"]["description"]
+    link = r"\[run in MLflow\]\(http://mlflow\.lab:5000/#/experiments/\d+/runs/[0-9a-f]{32}\)"
+    assert re.fullmatch(link, artifacts["small-mlflow"]["data"])
     front = json.loads(artifacts["small-front"]["data"])
     assert len(front) == 7
     assert all(" to " not in row["95 %"] and row["95 %"].startswith("[") for row in front)
@@ -161,6 +170,67 @@ def test_an_announced_backbone_is_swept_once(deployed: PrefectServer, sweep: Swe
     assert len(deployed.runs("quee")) == 2
 
 
+def test_make_deploy_says_what_would_keep_runs_waiting(server: PrefectServer) -> None:
+    def deploy(pool: str) -> str:
+        done = server.do("python", "-m", "infra.deploy", "--pool", pool)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    unserved = "note: no worker serves work pool idle yet; start one: .venv/bin/prefect worker start --pool idle"
+    assert unserved in deploy("idle")
+    assert server.do("prefect", "work-pool", "pause", "idle").returncode == 0
+    with server.worker("idle"):
+        until("a worker", lambda: server.ask("/work_pools/idle/workers/filter", {}))
+        told = deploy("idle")
+    assert "note: work pool idle is paused; resume it: .venv/bin/prefect work-pool resume idle" in told
+    assert unserved not in told
+
+
+def test_a_pool_that_cannot_be_used_is_named(server: PrefectServer) -> None:
+    assert server.do("prefect", "work-pool", "create", "cloud", "--type", "ecs").returncode == 0
+    for pool, told in (("cloud", "work pool cloud: it is of type ecs; name another"), ("a/b", "work pool a/b: name: ")):
+        done = server.do("python", "-m", "infra.deploy", "--pool", pool)
+        assert done.returncode == 2, done.stdout
+        assert only_error(done.stderr).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"version": "9.1.0"}, "Found incompatible versions: client: 3.8.8, server: 9.1.0. Major versions must match"),
+        ({"login": "quee:planted"}, "it wants a login, or another one; set PREFECT_API_AUTH_STRING to user:password"),
+    ],
+    ids=["version", "login"],
+)
+def test_a_server_that_is_of_another_version_or_wants_a_login_is_told_by_each_command(
+    kind: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    write_sweep(tmp_path)
+    commands = (
+        ["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"],
+        ["quee", "sweep", tmp_path / "sweep.yaml"],
+    )  # fmt: skip
+    with prefect_server(tmp_path / "prefect", **kind) as other:
+        for command in commands:
+            done = other.do(*command)
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert only_error(done.stdout + done.stderr).startswith(f"Prefect server at {other.url}: {told}")
+        if "login" not in kind:
+            return
+        other.environment["PREFECT_API_AUTH_STRING"] = kind["login"]
+        done = other.do("quee", "backbones", "announce", "vit")
+        assert done.returncode == 0, done.stdout + done.stderr
+        changed = {PREFECT_API_URL: other.url, PREFECT_API_AUTH_STRING: "quee:changed"}
+        with temporary_settings(changed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(announcing, "check_server", lambda: other.url)  # the login changes right after it
+            with pytest.raises(ServerError) as refused:
+                announcing.announce_backbone("vit")
+        message = str(refused.value)
+        assert message.startswith(f"Prefect server at {other.url}: it does not take events (Client error '401")
+        assert "\n" not in message
+        assert "changed" not in message
+
+
 def test_without_a_server_each_command_says_so_in_a_line(server: PrefectServer) -> None:
     try:
         for address, told in (
@@ -170,7 +240,7 @@ def test_without_a_server_each_command_says_so_in_a_line(server: PrefectServer) 
             server.environment["PREFECT_API_URL"] = address
             for command in (["python", "-m", "infra.deploy"], ["quee", "backbones", "announce", "vit"]):
                 done = server.do(*command)
-                assert done.returncode != 0
+                assert done.returncode == 2
                 assert f"error: Prefect server at http://127.0.0.1:1/api: {told}" in done.stderr
                 assert "Traceback" not in done.stderr
                 assert "planted" not in done.stdout + done.stderr

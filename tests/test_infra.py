@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from flows.run_page import MLFLOW_PAGES
 from infra import deploy
 from quee_core.config import load_config
 from tests.prefect_server import ROOT
@@ -67,6 +68,13 @@ def test_the_deployed_places_are_services_of_the_compose_file(monkeypatch: pytes
         assert address is not None
         host, _, port = address.partition("://")[2].partition(":")
         assert port in services[host]["command"]
+
+
+def test_links_to_mlflow_lead_to_the_port_that_its_service_publishes() -> None:
+    services = compose()["services"]
+    pages = services["worker"]["environment"][MLFLOW_PAGES].removeprefix("http://")
+    assert f"{pages}:5000" in services["mlflow"]["ports"]
+    assert pages in services["mlflow"]["command"].partition("--allowed-hosts ")[2].split()[0].split(",")
 
 
 @pytest.mark.parametrize("file", sorted((INFRA / "kubernetes").glob("*.yaml")), ids=lambda file: file.stem)

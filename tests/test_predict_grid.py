@@ -26,6 +26,8 @@ from tasks.assemble import FITTED_ON, Assembled, assemble_outcomes
 from tasks.grid_cluster import check_cluster, cluster_client, grid_client
 from tasks.grid_run import run_grid
 from tasks.predict_grid import grid_job, predict_grid
+from tasks.progress import listening
+from tests.attempts import Attempts, in_a_flow
 from tests.conftest import SmallSweep, small_config
 from tests.dask_cluster import ROOT, DaskCluster, dask_cluster, wait_until
 from tests.quee_command import refused, write_config
@@ -300,6 +302,22 @@ def test_a_scheduler_lost_in_the_middle_is_told_and_a_rerun_continues(
     assert bits(fits) == undisturbed
 
 
+@pytest.mark.usefixtures("prefect_home")
+def test_a_scheduler_that_is_lost_and_started_again_costs_the_grid_nothing(
+    prepared: Prepared, undisturbed: bytes, tmp_path: Path
+) -> None:
+    with dask_cluster(tmp_path / "dask") as cluster:
+        sweep = prepared.sweep(tmp_path, dask=cluster.address, dask_timeout=30)
+        attempts = Attempts(first=cluster.scheduler.kill, broken=cluster.restart)
+        with listening(attempts):
+            fits, timing = in_a_flow(lambda: predict_grid(sweep, prepared.assembled))
+    assert attempts.begun == ["fit the grid", "fit the grid"]
+    assert attempts.ended == ["broken off", f"{timing.computed} computed"]
+    assert timing.reused > 0
+    assert timing.computed + timing.reused == len(fits)
+    assert bits(fits) == undisturbed
+
+
 def test_a_scheduler_that_does_not_answer_is_told_in_bounded_time(tmp_path: Path) -> None:
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
@@ -386,5 +404,6 @@ def test_two_sweeps_at_once_each_have_a_cluster_on_loopback_alone(tmp_path: Path
         warnings.simplefilter("error")
         with grid_client(run) as first, grid_client(run) as second:
             servers = [client.cluster.scheduler.http_server for client in (first, second)]
+            servers += [worker.http_server for client in (first, second) for worker in client.cluster.workers.values()]
             assert {server.address for server in servers} == {"127.0.0.1"}
-            assert len({server.port for server in servers}) == 2
+            assert len({server.port for server in servers}) == 4

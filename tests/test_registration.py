@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -25,11 +28,11 @@ from quee_core.errors import ConfigError, ServerError
 from quee_core.record import Registration, images_key
 from quee_core.runs import read_registration, router_folder
 from tasks.register import VERDICT_TAG, register
-from tasks.registry import CHAMPION, HISTORY_TAG
+from tasks.registry import CHAMPION, HISTORY_TAG, Reign, RouterRegistry
 from tasks.router_package import SERVING
 from tasks.track import track
 from tests.finished_run import FinishedRun, finished_run  # noqa: F401 (a fixture)
-from tests.mlflow_server import MlflowServer, ModelServer, encoded
+from tests.mlflow_server import DEADLINE, MlflowServer, ModelServer, encoded
 from tests.processes import free_ports
 from tests.quee_command import quee, refused
 
@@ -128,6 +131,120 @@ def test_other_test_images_move_no_alias(three: Registered) -> None:
     assert not found.champion
     assert "its test images have the same ids as the champion's, but other labels or contents" in found.line
     assert three.champion() == "2"
+
+
+@dataclass(frozen=True)
+class Raced:
+    """A champion of one operating point, and two sweeps that both beat it: one of two points, one of all."""
+
+    model: str
+    dataset: str
+    runs: tuple[FinishedRun, ...]
+    versions: tuple[str, str]
+
+    def verdict(self, client: MlflowClient, version: str) -> str:
+        return str(client.get_model_version(self.model, version).tags[VERDICT_TAG])
+
+
+@pytest.fixture
+def raced(three: Registered) -> Raced:
+    """As they stand before the two are judged."""
+    dataset = f"raced-{uuid.uuid4().hex[:8]}"
+    named = tuple(
+        FinishedRun(run.sweep, run.record.model_copy(update={"dataset": dataset}), run.folder)
+        for run in (three.runs[0], three.runs[2], three.runs[1])
+    )
+    first, *others = (registered(three.server, run) for run in named)
+    model = first.model
+    for each in others:
+        three.client.delete_model_version_tag(model, str(each.version), VERDICT_TAG)
+    three.client.set_registered_model_alias(model, CHAMPION, str(first.version))
+    return Raced(model, dataset, named[1:], (str(others[0].version), str(others[1].version)))
+
+
+def at_once(three: Registered, raced: Raced) -> None:
+    """Register both, each in a thread."""
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(registered, three.server, run) for run in raced.runs]:
+            done.result()
+
+
+@pytest.mark.parametrize("last", [0, 1], ids=["worse", "better"])
+def test_of_two_that_move_the_alias_at_once_the_better_one_is_champion(
+    three: Registered, raced: Raced, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    judged, moved, move = Barrier(2), Event(), RouterRegistry._move
+    waits = set(raced.versions)
+
+    def held(self: RouterRegistry, model: RegisteredModel, version: str, how: str, before: list[Reign]) -> Reign:
+        if version not in waits:
+            return move(self, model, version, how, before)
+        waits.discard(version)
+        judged.wait(DEADLINE)  # both have found the old champion in service
+        if version == raced.versions[last]:
+            moved.wait(DEADLINE)
+        reign = move(self, model, version, how, before)
+        moved.set()
+        return reign
+
+    monkeypatch.setattr(RouterRegistry, "_move", held)
+    at_once(three, raced)
+    worse, better = raced.versions
+    assert three.client.get_model_version_by_alias(raced.model, CHAMPION).version == better
+    assert raced.verdict(three.client, better).startswith("better than version 1: ")
+    assert "; but version" not in raced.verdict(three.client, better)
+    if last == 0:
+        told = raced.verdict(three.client, worse)
+        assert f"; but version {better}, promoted at the same time, stays: mean accuracy from" in told
+
+
+def test_a_challenger_is_judged_anew_where_another_was_faster(
+    three: Registered, raced: Raced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, moved = Barrier(2), Event()
+    worse, better = raced.versions
+    found: list[str] = []
+
+    def promote(self: RouterRegistry, dataset: str, version: str, how: str, standing: str | None = None) -> bool:
+        found.append(version)
+        if found.count(version) == 1:
+            judged.wait(DEADLINE)
+            if version == worse:
+                moved.wait(DEADLINE)
+        done = promoted(self, dataset, version, how, standing)
+        if version == better:
+            moved.set()
+        return done
+
+    promoted = RouterRegistry.promote
+    monkeypatch.setattr(RouterRegistry, "promote", promote)
+    at_once(three, raced)
+    assert sorted(found) == sorted([worse, better])
+    assert three.client.get_model_version_by_alias(raced.model, CHAMPION).version == better
+    assert raced.verdict(three.client, worse).startswith(f"not clearly better than version {better}: ")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut short"])
+def test_a_champion_whose_front_cannot_be_read_keeps_nothing_from_being_registered(
+    three: Registered, raced: Raced, tmp_path: Path, damage: str
+) -> None:
+    source = three.client.get_model_version_by_alias(raced.model, CHAMPION).source
+    front = three.server.artifacts / source.removeprefix("mlflow-artifacts:/") / "artifacts" / "front.safetensors"
+    sound = front.read_bytes()
+    front.unlink() if damage == "deleted" else front.write_bytes(sound[:-9])
+    run, number = raced.runs[1], raced.versions[1]
+    found = registered(three.server, run)
+    assert (str(found.version), found.champion) == (number, False)
+    assert "(champion: version 1): not judged: the front of version 1 cannot be read (" in found.line
+    assert found.line.endswith(f"; `quee champion promote {raced.dataset} {number}` decides")
+    assert "\n" not in found.line
+
+    front.write_bytes(sound)  # mended, and the next run judges
+    assert "better than version 1: " in registered(three.server, run).line
+    front.unlink()
+    command(tmp_path, three.server, "promote", raced.dataset, 1)
+    command(tmp_path, three.server, "promote", raced.dataset, number)  # by hand it can always be decided
+    assert three.client.get_model_version_by_alias(raced.model, CHAMPION).version == number
 
 
 def test_nothing_in_a_registered_model_is_pickled(three: Registered) -> None:
@@ -299,7 +416,9 @@ def test_what_champion_cannot_do_is_told(three: Registered, tmp_path: Path, monk
     assert "did you mean 'fashion_mnist'" in refused(tmp_path, "champion", "show", "fashion_mnits", *at)
     three.client.create_registered_model("quee-router-mine")
     assert "quee-router-mine: not quee's" in refused(tmp_path, "champion", "show", "mine", *at)
-    assert [each["dataset"] for each in command(tmp_path, three.server, "show")] == ["fashion_mnist"]
+    assert {"fashion_mnist", "mine"} & {each["dataset"] for each in command(tmp_path, three.server, "show")} == {
+        "fashion_mnist"
+    }
     stranger = three.client.create_model_version(MODEL, "s3://bucket/stranger").version
     told = refused(tmp_path, "champion", "promote", "fashion_mnist", stranger, *at)
     assert f"version {stranger} was not registered by quee" in told

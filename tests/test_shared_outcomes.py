@@ -1,5 +1,6 @@
 """Outcomes on another machine: read from the store by key, kept in a folder of the host, and never used damaged."""
 
+import fcntl
 import multiprocessing
 import os
 import time
@@ -113,3 +114,26 @@ def test_folders_that_nobody_asked_for_in_a_day_are_removed(published: tuple[Sto
         os.utime(host / name, (time.time() - age,) * 2)
     mapped_outcomes(store, KEY, host)
     assert {path.name for path in host.iterdir() if path.is_dir()} == {"young", KEY[:32]}
+
+
+def test_a_folder_that_somebody_reads_again_after_a_day_is_not_taken_from_under_him(
+    published: tuple[Store, Outcomes], tmp_path: Path
+) -> None:
+    store, wanted = published
+    host, place = tmp_path / "host", tmp_path / "host" / KEY[:32]
+    mapped = mapped_outcomes(store, KEY, host)
+    named = store.get_artefact(KIND, KEY)
+    assert named is not None
+    others = [f"{number:02d}" * 32 for number in range(2)]
+    for other in others:
+        store.put_artefact(KIND, other, named)
+    os.utime(place, (time.time() - 2 * UNUSED,) * 2)
+
+    with (host / f"{KEY[:32]}.lock").open("wb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_EX)  # as who checks and maps the folder does
+        mapped_outcomes(store, others[0], host)
+        assert (place / "errors.npy").is_file()
+    mapped_outcomes(store, others[1], host)
+    assert not place.exists()
+    assert_same(mapped, wanted)  # who has mapped it keeps it
+    assert_same(mapped_outcomes(store, KEY, host), wanted)  # and who comes later reads it anew

@@ -5,6 +5,8 @@ What it has in common with every other store is in the battery of test_store.py.
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -14,14 +16,15 @@ from pathlib import Path
 import pytest
 from prefect.states import Failed
 
+from quee_core.backbones.shelf import read_shelf
 from quee_core.entries import table_entry
 from quee_core.errors import AbsentTableError, DamagedTableError, StoreError, StoreUnreachableError
 from quee_core.s3_place import PART, S3Place
 from quee_core.store import Store
-from tasks.extract import is_transient
+from tasks.retries import is_transient
 from tests.feature_tables import PATHS, numbered_cell, small_table
 from tests.processes import free_ports
-from tests.quee_command import refused, write_sweep
+from tests.quee_command import only_error, refused, write_sweep
 from tests.s3_gate import DROPPED, Answer, Request, S3Gate
 from tests.s3_server import (
     ACCESS_KEY,
@@ -31,7 +34,7 @@ from tests.s3_server import (
     S3Server,
     other_environment,
 )
-from tests.test_store import Place, child, flip_a_bit
+from tests.test_store import Place, child, child_environment, flip_a_bit
 
 pytestmark = pytest.mark.xdist_group("s3")
 
@@ -313,6 +316,43 @@ def test_the_command_says_what_is_wrong_with_the_store_before_anything_starts(
     assert told.startswith(says)
     assert ACCESS_KEY not in told
     assert not (tmp_path / "runs" / "small").exists()
+
+
+LATE = """
+import datetime
+from botocore import auth
+from flows.cli import main
+true_time = auth.get_current_datetime
+auth.get_current_datetime = lambda *given: true_time(*given) + datetime.timedelta(minutes=MINUTES)
+main()
+"""
+
+
+@pytest.mark.parametrize("minutes", [-60, 60])
+@pytest.mark.usefixtures("s3_environment")
+def test_a_clock_that_is_wrong_is_told_by_the_command(tmp_path: Path, minutes: int) -> None:
+    """In a process whose requests carry another time; the server compares it with its own."""
+    write_sweep(tmp_path, run={"store": f"s3://quee{tmp_path}"})
+    done = subprocess.run(
+        [sys.executable, "-c", LATE.replace("MINUTES", str(minutes)), "sweep", "sweep.yaml"], cwd=tmp_path,
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    told = only_error(done.stdout + done.stderr)
+    assert "this machine's clock and the server's differ too much; set the clock (timedatectl shows it)" in told
+    assert not (tmp_path / "runs" / "small").exists()
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_every_address_of_a_sweep_in_a_bucket_that_is_not_there_is_told(s3_server: S3Server, tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    weights = "s3://no-such-bucket/weights.safetensors"
+    told = refused(tmp_path, "plan", "sweep.yaml", "--checkpoint", weights)
+    assert told == (
+        f"{weights}: cannot be read: there is no such bucket at {s3_server.endpoint}; make it, or name another"
+    )
+    with pytest.raises(StoreError, match="backbones: cannot be read: there is no such bucket"):
+        read_shelf("s3://no-such-bucket/backbones")
 
 
 # Whole or absent

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -19,7 +20,7 @@ from quee_core.report.figures import front
 from quee_core.runs import REPORT, record_digest
 from quee_core.tracked import MAX_VALUE, metrics_of, params_of, tables_of
 from tasks.figure_image import write_image
-from tasks.mlflow_server import tracking_of
+from tasks.mlflow_server import run_address, tracking_of
 from tasks.progress import listening
 from tasks.track import DIGEST_TAG, PARENT_TAG, track
 from tests.mlflow_server import MlflowServer
@@ -212,6 +213,16 @@ def test_where_artifacts_go(tmp_path: Path) -> None:
     bucket = SweepConfig.model_validate({"run": {"runs": runs, "artifacts": "s3://bucket/quee"}})
     assert tracking_of(bucket) == (f"sqlite:///{runs / 'mlflow.db'}", "s3://bucket/quee")
     assert tracking_of(sweep_at("http://host:1", tmp_path)) == ("http://host:1", None)
+
+
+def test_links_lead_where_browsers_find_mlflow(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    record, at_server = record_of("linked"), sweep_at(f"http://me:{SECRET}@127.0.0.1:{mlflow_server.port}", tmp_path)
+    assert re.fullmatch(rf"{mlflow_server.url}/#/experiments/\d+/runs/abc", run_address(at_server, record, "abc") or "")
+    outside = run_address(at_server, record, "abc", f"https://me:{SECRET}@mlflow.lab/ui/")
+    assert outside is not None
+    assert re.fullmatch(r"https://mlflow\.lab/ui/#/experiments/\d+/runs/abc", outside)
+    in_a_file = SweepConfig.model_validate({"run": {"runs": tmp_path / "runs"}})
+    assert run_address(in_a_file, record, "abc") is None
 
 
 def test_the_front_is_drawn_as_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
