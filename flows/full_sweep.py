@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from prefect import flow, get_run_logger, unmapped
+from prefect import flow, get_run_logger, tags, unmapped
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
 from prefect.settings import get_current_settings
@@ -16,6 +16,7 @@ from rich.console import Console
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
 from flows.run_page import RunPage, show_front
+from flows.silent_runs import TAG, tidy_tasks, watch_silence
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
@@ -118,7 +119,8 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
         OwnServer()
     else:
         check_server()
-    with SweepDisplay(console) as display, listening(display), prefect_faults():
+        watch_silence()
+    with SweepDisplay(console) as display, listening(display), prefect_faults(), tags(TAG):
         report = Path(full_sweep(sweep))
     return read_record(report.with_name("record.json")), report
 
@@ -138,6 +140,7 @@ def on_the_run_page() -> Iterator[None]:
     if named_server() is None:
         yield
         return
+    tidy_tasks()
     for name in LOGGED:
         logging.getLogger(name).setLevel(logging.INFO)
     with listening(RunPage()):
