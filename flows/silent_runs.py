@@ -31,7 +31,8 @@ SILENT_RUNS = "quee: end silent runs"
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
 SILENCE = timedelta(seconds=75)  # above two heartbeats of 30 s, which prefect.yaml and the `quee` command set
 LATE = timedelta(seconds=30)  # the server hears of the end of a task some seconds after that of its flow
-_GONE = "its process is gone"
+GONE = "its process is gone"
+SILENT = f"no heartbeat: {GONE}"
 
 
 def watch_silence() -> None:
@@ -61,14 +62,16 @@ def end_silent_runs(client: SyncPrefectClient) -> None:
             threshold=1,
             within=SILENCE,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"no heartbeat: {_GONE}")],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=SILENT)],
     )
     there = client.read_automations_by_name(SILENT_RUNS)
     for old in there[1:]:
         client.delete_automation(old.id)
     if not there:
         client.create_automation(wanted)
-    elif AutomationCore.model_validate(there[0].model_dump(include=set(AutomationCore.model_fields))) != wanted:
+        return
+    wanted.enabled = there[0].enabled  # somebody may have switched it off
+    if AutomationCore.model_validate(there[0].model_dump(include=set(AutomationCore.model_fields))) != wanted:
         client.update_automation(there[0].id, wanted)  # forgets whom it was watching
 
 
@@ -90,7 +93,7 @@ def end_left_tasks(client: SyncPrefectClient) -> int:
         ),
     )
     for run in left:
-        client.set_task_run_state(run.id, Crashed(message=_GONE), force=True)
+        client.set_task_run_state(run.id, Crashed(message=GONE), force=True)
     return len(left)
 
 

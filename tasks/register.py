@@ -50,7 +50,8 @@ def register(
             own = served_front(record, folder)
             experiment = experiment_of(client, record, artifacts)
             logged = _logged(client, experiment, digest) or _log(client, experiment, record, folder, own, run, digest)
-            version = _create_version(client, model, logged, record, own, run, digest)
+            created = _create_version(client, model, logged, record, own, run, digest)
+            version = _first(client, model, digest, created)
         if (verdict := version.tags.get(VERDICT_TAG)) is None:
             verdict = _judge(registry, uri, dataset, version, own or _front(version, uri))
             client.set_model_version_tag(model, version.version, VERDICT_TAG, verdict)
@@ -130,6 +131,14 @@ def _create_version(
         },
         model_id=logged.model_id,
     )
+
+
+def _first(client: MlflowClient, model: str, digest: str, created: ModelVersion) -> ModelVersion:
+    """The first version of the same findings; the one just created is removed if another process was quicker."""
+    first = _registered(client, model, digest) or created
+    if first.version != created.version:
+        client.delete_model_version(model, created.version)
+    return first
 
 
 def _judge(registry: RouterRegistry, uri: str, dataset: str, version: ModelVersion, own: ServedFront) -> str:

@@ -21,7 +21,7 @@ BUCKET = "quee"
 ACCESS_KEY, SECRET_KEY = "QUEETESTKEY", "a/secret+that:must@show=nowhere"
 READER_KEY, READER_SECRET = "QUEEREADERKEY", "another/secret"  # may read and list, not write
 SERVERS = ("master", "volume", "filer", "s3")
-_PR_SET_PDEATHSIG = 1
+_OPEN_CLIENTS: list[object] = []
 
 
 class S3Server:
@@ -184,7 +184,7 @@ def other_environment(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPa
 
 
 def _forget_clients() -> None:
-    """New stores get new clients. The old ones stay open: a collected one is closed in whatever event loop runs then."""
+    """New stores get new clients. The old ones stay open: what is collected is closed in whatever event loop runs."""
     from s3fs import S3FileSystem
 
     _OPEN_CLIENTS.extend(S3FileSystem._cache.values())

@@ -11,6 +11,8 @@ from tests.chaos.aftermath import aftermath
 from tests.chaos.rounds import HEAD, Rounds
 from tests.chaos.surroundings import surroundings
 
+AT_ONCE = 8  # processes that compute the same sweep
+
 
 def main() -> int:
     """Rounds as the command line asks; returns how many violations there were, at most 1."""
@@ -34,14 +36,16 @@ def chaos(folder: Path, rounds: int, seed: int) -> int:
             f"entries; all is up after {time.monotonic() - started:.0f} s\n{HEAD}",
             flush=True,
         )
-        wrong = 0
+        wrong = killed = 0
         for number in range(rounds):
             row = played.run(number + 1, seed + number)
             wrong += len(row.wrong)
+            killed += row.silent
             print(row, flush=True)
-        for each in (left := aftermath(around)):
-            print(f"      after all rounds: {each}")
-    wrong += len(left)
+        print(f"{AT_ONCE} processes at once", flush=True)
+        after = [*played.at_once(AT_ONCE), *aftermath(around, killed)]
+        print(*(f"      {each}" for each in after), sep="\n")
+    wrong += len(after)
     print(f"{rounds} rounds in {time.monotonic() - started:.0f} s, {wrong} violations", flush=True)
     return 1 if wrong else 0
 

@@ -37,8 +37,8 @@ class SweepCommand:
     """`quee sweep sweep.yaml` in `folder`, out of the warm process; `name` tells it from others in that folder."""
 
     def __init__(self, around: Surroundings, folder: Path, name: str) -> None:
-        self._noted = folder / name
-        around.fork_sweep(self._noted)
+        self._noted = folder.with_name(f"{folder.name}-{name}")  # the folder may be a disk that is full
+        around.fork_sweep(folder, self._noted)
         self.pid = int(until("the sweep's process", lambda: self._told("pid")))
 
     def _told(self, what: str) -> str | None:

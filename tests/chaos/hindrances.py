@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from quee_core.places import PATIENCE
 from tests.chaos.commands import Command, SweepCommand
+from tests.chaos.small_disk import filled
 from tests.chaos.store_files import StoreFiles
 from tests.chaos.surroundings import Surroundings
 from tests.chaos.watcher import Watcher
@@ -19,6 +21,7 @@ class Scene:
     """A sweep in the middle: what runs, where, and what is random about the hindrance."""
 
     around: Surroundings
+    folder: Path
     command: Command
     files: StoreFiles
     watcher: Watcher
@@ -29,8 +32,8 @@ class Scene:
 class Hindrance:
     """name: as the table shows it. stages: of which a moment is drawn. endings: how the sweep may end because of it.
 
-    deployed: the sweep is a run of a worker. silent: nobody is left to tell the server that it has ended. on_disk: its store is a folder, its grid in its
-    own process.
+    deployed: the sweep is a run of a worker. silent: nobody is left to tell the server how that ended. on_disk: its
+    store is a folder, and its grid in its own process. small_disk: that folder is a disk of its own, where possible.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Hindrance:
     deployed: bool = False
     silent: bool = False
     on_disk: bool = False
+    small_disk: bool = False
 
 
 def kill_flow(scene: Scene) -> None:
@@ -88,7 +92,11 @@ def kill_mlflow(scene: Scene) -> None:
 
 
 def fill_disk(scene: Scene) -> None:
-    """Let no file of the process grow: its writes then end half way and with an error number, as on a full disk."""
+    """Writes then end half way and with an error number; by a limit on the process where no disk can be mounted."""
+    if scene.folder.is_mount():
+        with filled(scene.folder):
+            scene.command.ended()
+        return
     assert isinstance(scene.command, SweepCommand)
     with suppress(ProcessLookupError):
         _, most = resource.prlimit(scene.command.pid, resource.RLIMIT_FSIZE)
@@ -127,7 +135,7 @@ HINDRANCES = (
     Hindrance("S3 server restarted", restart_s3, _ALL, ("exit 0",)),
     Hindrance("S3 server away for long", keep_s3_away, ("grid", "evaluation"), ("exit 0", "exit 2")),
     Hindrance("MLflow server killed", kill_mlflow, ("evaluation", "tracking", "tracking"), ("exit 0", "exit 2")),
-    Hindrance("disk full", fill_disk, _WITH_TABLES, ("exit 0", "exit 2"), on_disk=True),
+    Hindrance("disk full", fill_disk, _WITH_TABLES, ("exit 0", "exit 2"), on_disk=True, small_disk=True),
     Hindrance("table half written", halve_a_table, _WITH_TABLES, ("exit 0",)),
     Hindrance("table with flipped bits", flip_bits, _WITH_TABLES, ("exit 0",), on_disk=True),
     Hindrance("worker and flow killed", kill_worker_and_flow, _WITH_TABLES, ("crashed",), deployed=True, silent=True),

@@ -18,6 +18,7 @@ from tasks.track import DIGEST_TAG, PARENT_TAG
 from tests.chaos.commands import Command, DeployedRun, SweepCommand
 from tests.chaos.hindrances import HINDRANCES, Hindrance, Scene
 from tests.chaos.moments import Course
+from tests.chaos.small_disk import mount
 from tests.chaos.store_files import FilesOnDisk, FilesOnS3, StoreFiles, whole_entries
 from tests.chaos.surroundings import Surroundings
 from tests.chaos.watcher import Watcher
@@ -42,6 +43,7 @@ class Row:
     there: int
     again: int
     seconds: float
+    silent: bool  # whether nobody was left to tell Prefect's server how the disturbed one ended
     wrong: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ class Rounds:
         with Watcher(files) as watcher:
             first = self._command(folder, "first", hindrance)
             if hit := moment.wait(watcher, lambda: first.running):
-                hindrance.hinder(Scene(self._around, first, files, watcher, rng))
+                hindrance.hinder(Scene(self._around, folder, first, files, watcher, rng))
             ended = None if hindrance.silent else first.ended()
             before = dict(whole_entries(files))
             unfinished = self._unfinished(units)
@@ -101,24 +103,39 @@ class Rounds:
             wrong += self._wrong_in_mlflow(record)
         return Row(
             number, seed, hindrance.name, str(moment), ended, there, recomputed, time.monotonic() - started,
-            tuple(wrong),
+            hindrance.silent or ended == "killed", tuple(wrong),
         )  # fmt: skip
 
+    def at_once(self, processes: int) -> list[str]:
+        """What is wrong when as many processes as that compute the same sweep in the same folder at once."""
+        folder, files = self._prepared("at-once", HINDRANCES[0])
+        with Watcher(files) as watcher:
+            commands = [SweepCommand(self._around, folder, f"process-{number}") for number in range(processes)]
+            endings = [command.ended() for command in commands]
+        wrong = [f"the store: {each}" for each in watcher.violations]
+        for command, ended in zip(commands, endings, strict=True):
+            if ended != "exit 0" or "Traceback" in command.said:
+                wrong.append(f"one of them ended with {ended!r}: {command.said[-3000:]}")
+        record = read_record(folder / "runs" / "small" / "record.json")
+        kinds = Counter(entry.kind for entry in dict(whole_entries(files)))
+        if kinds != self.course.kinds:
+            wrong.append(f"they published {kinds}, one alone {self.course.kinds}")
+        return [*wrong, *self._not_the_same(record), *self._wrong_in_mlflow(record)]
+
     def _undisturbed(self) -> tuple[SweepRecord, Course]:
-        """A sweep that nothing befalls, twice: the first in new processes all around, the second for its course."""
-        for name in ("warming up", "undisturbed"):
-            folder, files = self._prepared(name.replace(" ", "-"), HINDRANCES[0])
-            with Watcher(files) as watcher:
-                started, first, last, entries = time.monotonic(), 0.0, 0.0, 0
-                command = SweepCommand(self._around, folder, "only")
-                while command.running:
-                    if watcher.entries > entries:
-                        last, entries = time.monotonic(), watcher.entries
-                        first = first or last
-                    time.sleep(0.01)
-                ended, over = command.ended(), time.monotonic()
-            assert ended == "exit 0", command.said
-            assert watcher.violations == []
+        """A sweep that nothing befalls."""
+        folder, files = self._prepared("undisturbed", HINDRANCES[0])
+        with Watcher(files) as watcher:
+            started, first, last, entries = time.monotonic(), 0.0, 0.0, 0
+            command = SweepCommand(self._around, folder, "only")
+            while command.running:
+                if watcher.entries > entries:
+                    last, entries = time.monotonic(), watcher.entries
+                    first = first or last
+                time.sleep(0.01)
+            ended, over = command.ended(), time.monotonic()
+        assert ended == "exit 0", command.said
+        assert watcher.violations == []
         record = read_record(folder / "runs" / "small" / "record.json")
         assert all(row.failure is None for row in record.grid)
         kinds = Counter(entry.kind for entry in dict(whole_entries(files)))
@@ -128,10 +145,12 @@ class Rounds:
         """A folder with a sweep of its own, and its store."""
         folder = self._around.folder / "rounds" / name
         folder.mkdir(parents=True)
+        if hindrance.small_disk and mount(folder):
+            self._around.disks.append(folder)
         files: StoreFiles = (
             FilesOnDisk(folder / "store") if hindrance.on_disk else FilesOnS3(self._around.environment, name)
         )
-        run: dict[str, Any] = {"store": files.url, "mlflow_uri": self._around.mlflow.url, "shard_images": 30}
+        run: dict[str, Any] = {"store": files.url, "mlflow_uri": self._around.mlflow.url}
         if not hindrance.on_disk:
             run["dask"] = self._around.dask.address
         write_sweep(folder, run=run, predictors=PREDICTORS, targets={"clusters": [None, 3, 5]})

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
-from tests.dask_cluster import DaskCluster, wait_until
+from tests.chaos.small_disk import unmount
+from tests.dask_cluster import DaskCluster
 from tests.mlflow_server import MlflowServer
 from tests.prefect_server import BIN, ROOT, PrefectServer, prefect_server, running
+from tests.processes import end_with_parent
 from tests.s3_server import S3Server
 
 POOL = "chaos"
 DASK_WORKERS = 2
+GPUS = 8  # slots, for which tasks wait in steps of 2 s
 
 
 class Surroundings:
@@ -27,32 +29,36 @@ class Surroundings:
             **{name: value for name, value in prefect.environment.items() if not name.startswith("AWS_")},
             **s3.environment,
             "PYTHONPATH": str(ROOT),
-            "PREFECT_LOGGING_LEVEL": "WARNING",
         }
         prefect.environment = self.environment
-        self.dask = DaskCluster(folder / "dask")
-        self._warm: subprocess.Popen[str] | None = None
-        self._worker = ExitStack()
+        self.disks: list[Path] = []  # that were mounted
+        self._stack = ExitStack()
+        self._worker = self._stack.enter_context(ExitStack())
         self._worker_pid = 0
+        self._warm = self._stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.warm"], cwd=ROOT, env=self.environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=end_with_parent,
+            )
+        )  # fmt: skip
+        self._stack.callback(self._warm.kill)  # its children end with it
+        self.dask = DaskCluster(folder / "dask")
+        self._stack.callback(self.dask.close)
 
     def start(self) -> None:
-        """Start what takes up work: workers, and the process that sweeps are forked from."""
+        """Start what takes up work, and return once all are ready for it."""
         self.start_dask_workers()
-        done = self.prefect.do("python", "-m", "infra.deploy", "--pool", POOL, "--gpus", 1)
+        done = self.prefect.do("python", "-m", "infra.deploy", "--pool", POOL, "--gpus", GPUS)
         assert done.returncode == 0, done.stdout + done.stderr
         self.start_worker()
-        self._warm = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.warm"], cwd=ROOT, env=self.environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert _pipe(self._warm.stdout).readline() == "warm\n"
+        assert self._warm.stdout is not None
+        assert self._warm.stdout.readline() == "warm\n"
 
-    def fork_sweep(self, noted: Path) -> None:
-        """Have the warm process run `quee sweep sweep.yaml` in a folder; its files there begin with `noted`."""
-        assert self._warm is not None
-        stdin = _pipe(self._warm.stdin)
-        stdin.write(f"{noted}\n")
-        stdin.flush()
+    def fork_sweep(self, folder: Path, noted: Path) -> None:
+        """Have the warm process run `quee sweep sweep.yaml` in `folder`, and tell of it in files named like `noted`."""
+        assert self._warm.stdin is not None
+        self._warm.stdin.write(f"{folder}\t{noted}\n")
+        self._warm.stdin.flush()
 
     # Prefect's worker
 
@@ -100,22 +106,12 @@ class Surroundings:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End what `start` has started."""
-        if self._warm is not None:
-            self._warm.kill()  # its children end with it
-            self._warm.wait()
-            _pipe(self._warm.stdin).close()
-            _pipe(self._warm.stdout).close()
-        for pid in _descendants(self._worker_pid) if self._worker_pid else ():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._worker.close()
-        self.dask.close()
-
-
-def _pipe(end: IO[str] | None) -> IO[str]:
-    assert end is not None
-    return end
+        """End all but the servers."""
+        if self._worker_pid:
+            self.kill_worker_and_flows()
+        self._stack.close()
+        for folder in self.disks:
+            unmount(folder)
 
 
 def _descendants(pid: int) -> list[int]:
@@ -139,12 +135,11 @@ def surroundings(folder: Path) -> Iterator[Surroundings]:
     with ExitStack() as stack:
         for name in ("prefect", "mlflow", "dask"):
             (folder / name).mkdir(parents=True)
-        prefect = stack.enter_context(prefect_server(folder / "prefect"))
         mlflow = MlflowServer(folder / "mlflow").start()
         stack.callback(mlflow.kill)
         s3 = stack.enter_context(S3Server(folder / "s3"))
+        prefect = stack.enter_context(prefect_server(folder / "prefect"))
         around = Surroundings(folder, prefect, mlflow, s3)
         stack.callback(around.close)
         around.start()
-        wait_until(lambda: bool(around.dask.address), "no Dask scheduler")
         yield around

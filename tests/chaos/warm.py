@@ -1,7 +1,7 @@
 """A process that has imported all that `quee sweep` needs, and forks one for each line that it reads from its input.
 
 The imports take most of such a sweep's seconds, and nothing in them can be lost. The sweep is what the command runs, in
-a session of its own; a second process takes what it says into NAME.said, and notes NAME.pid and at its end NAME.code.
+a session of its own; a second process takes what it says into NOTED.said, and writes NOTED.pid, at its end NOTED.code.
 """
 
 import os
@@ -16,27 +16,27 @@ from tests.processes import end_with_parent
 
 
 def serve() -> None:
-    """Answer each line, FOLDER/NAME with a sweep.yaml in that folder, by a fork; returns in the sweep's process alone."""
+    """Answer each line, FOLDER of a sweep.yaml, tab, NOTED, by a fork; returns in the sweep's process alone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("warm", flush=True)
     for line in iter(sys.stdin.readline, ""):
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent()
-            if _is_the_sweep(Path(line.rstrip("\n"))):
+            if _is_the_sweep(*map(Path, line.rstrip("\n").split("\t"))):
                 return
             os._exit(0)
     os._exit(0)
 
 
-def _is_the_sweep(noted: Path) -> bool:
+def _is_the_sweep(folder: Path, noted: Path) -> bool:
     """Fork once more: True in the child, which is the sweep; False in the parent, once the sweep has ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         end_with_parent()
         os.setsid()
-        os.chdir(noted.parent)
+        os.chdir(folder)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         os.close(reader)

@@ -8,7 +8,7 @@ from typing import Self
 
 from tests.chaos.store_files import AWAY, Shown, StoreFiles, is_whole, manifests, shown
 
-PAUSE = 0.03  # seconds between two looks
+PAUSE = 0.1  # seconds between two looks
 
 
 class Watcher:
@@ -58,6 +58,8 @@ class Watcher:
         for name in manifests(versions):
             known = self._checked.get(name)
             if known is None or known[0] != versions[name] or known[2] != versions.get(known[1].data):
+                if known is not None and known[0] != versions[name] and known[1].data not in self._spoilt:
+                    self.violations.append(f"{name}: published again")
                 known = self._check(name, versions)
                 if known is None:
                     continue
