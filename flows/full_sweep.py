@@ -50,6 +50,7 @@ RUNS_ROOM = 32_000_000  # Prefect's and MLflow's databases, the report and its f
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
     """Fill the store with what it lacks, fit the grid, evaluate, report, track, register; returns the report's path."""
+    tidy_tasks()
     with on_the_run_page():
         return str(swept(sweep, sweep.run.runs / sweep.name))
 
@@ -119,7 +120,7 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
         OwnServer()
     else:
         check_server()
-        watch_silence()
+    watch_silence()
     with SweepDisplay(console) as display, listening(display), prefect_faults(), tags(TAG):
         report = Path(full_sweep(sweep))
     return read_record(report.with_name("record.json")), report
@@ -140,7 +141,6 @@ def on_the_run_page() -> Iterator[None]:
     if named_server() is None:
         yield
         return
-    tidy_tasks()
     for name in LOGGED:
         logging.getLogger(name).setLevel(logging.INFO)
     with listening(RunPage()):

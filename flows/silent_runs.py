@@ -1,4 +1,8 @@
-"""Runs whose process is gone without a word: an automation of the server ends them, later sweeps their tasks."""
+"""Runs whose process is gone without a word: an automation of the server ends them, later sweeps their tasks.
+
+A temporary server dies with its sweep, but keeps the automation and what it was waiting for in its database: the next
+server on that database, of another sweep or of `make ui`, ends the run.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -36,13 +40,13 @@ SILENT = f"no heartbeat: {GONE}"
 
 
 def watch_silence() -> None:
-    """Have the named server end runs that fall silent from now on; the log tells if it does not take that."""
+    """Have Prefect's server end runs that fall silent from now on; the log tells if it does not take that."""
     with _though_the_server_refuses("ends no runs that fall silent"), get_client(sync_client=True) as client:
         end_silent_runs(client)
 
 
 def tidy_tasks() -> None:
-    """End what runs without a process left at the named server; the log tells if it does not take that."""
+    """End the tasks that runs without a process have left; the log tells if Prefect's server does not take that."""
     with _though_the_server_refuses("keeps tasks of ended runs"), get_client(sync_client=True) as client:
         end_left_tasks(client)
 
