@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import httpx
+
+from infra.deploy import GPU_LIMIT
 from tests.chaos.small_disk import unmount
 from tests.dask_cluster import DaskCluster
 from tests.mlflow_server import MlflowServer
@@ -17,7 +20,6 @@ from tests.s3_server import S3Server
 
 POOL = "chaos"
 DASK_WORKERS = 2
-GPUS = 8  # slots, for which tasks wait in steps of 2 s
 
 
 class Surroundings:
@@ -48,8 +50,10 @@ class Surroundings:
     def start(self) -> None:
         """Start what takes up work, and return once all are ready for it."""
         self.start_dask_workers()
-        done = self.prefect.do("python", "-m", "infra.deploy", "--pool", POOL, "--gpus", GPUS)
+        done = self.prefect.do("python", "-m", "infra.deploy", "--pool", POOL)
         assert done.returncode == 0, done.stdout + done.stderr
+        # on SQLite each task that a limit holds for waits 2 s, which is most of such a sweep
+        httpx.delete(f"{self.prefect.url}/v2/concurrency_limits/{GPU_LIMIT}").raise_for_status()
         self.start_worker()
         assert self._warm.stdout is not None
         assert self._warm.stdout.readline() == "warm\n"
