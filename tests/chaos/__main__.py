@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first round, each other has the next (random)")
     parser.add_argument("--folder", type=Path, help="where servers and sweeps keep their files (a temporary one)")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends servers, and unmounts disks
     seed = random.SystemRandom().randrange(100_000) if asked.seed is None else asked.seed
     with tempfile.TemporaryDirectory(prefix="quee-chaos-", ignore_cleanup_errors=True) as scratch:
         return chaos(asked.folder or Path(scratch), asked.rounds, seed)

@@ -9,14 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-import flows.full_sweep  # noqa: F401 (the command imports it late)
-import quee_core.s3_place  # noqa: F401
-from flows.cli import main
+from flows.cli import main, quiet_surroundings
 from tests.processes import end_with_parent
 
 
 def serve() -> None:
     """Answer each line, FOLDER of a sweep.yaml, tab, NOTED, by a fork; returns in the sweep's process alone."""
+    quiet_surroundings(verbose=False)
+    import flows.full_sweep  # noqa: F401 (the command imports it late)
+    import quee_core.s3_place  # noqa: F401
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("warm", flush=True)
     for line in iter(sys.stdin.readline, ""):
