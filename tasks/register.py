@@ -14,8 +14,9 @@ from prefect.cache_policies import NO_CACHE
 from quee_core.champion import ServedFront, contest, dataset_name, served_front
 from quee_core.config import SweepConfig
 from quee_core.evaluation import QUEE
+from quee_core.locks import alone
 from quee_core.record import Registration, StageTiming, SweepRecord
-from quee_core.runs import record_digest, router_folder, write_registration
+from quee_core.runs import TRACKING_LOCK, record_digest, router_folder, write_registration
 from quee_core.tracked import front_summary, tags_of
 from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
@@ -37,7 +38,11 @@ def register(
     The same record is registered and judged once. Raises ServerError if MLflow, or the disk, fails.
     """
     uri, artifacts = tracking_of(sweep)
-    with stage(STAGE, 1, "routers") as work, mlflow_faults(uri, sweep_advice(report)):
+    with (
+        stage(STAGE, 1, "routers") as work,
+        mlflow_faults(uri, sweep_advice(report)),
+        alone(folder / TRACKING_LOCK),
+    ):
         client = client_of(uri)
         registry = RouterRegistry(client)
         dataset = dataset_name(record.dataset, record.config)

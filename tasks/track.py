@@ -15,10 +15,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.locks import alone
 from quee_core.record import GridRow, StageTiming, SweepRecord, images_key
 from quee_core.redaction import redacted, without_secrets
 from quee_core.report.figures import all_figures
-from quee_core.runs import record_digest
+from quee_core.runs import TRACKING_LOCK, record_digest
 from quee_core.tracked import Row, metrics_of, params_of, tables_of, tags_of
 from tasks.figure_images import write_images
 from tasks.mlflow_server import client_of, experiment_of, mlflow_faults, sweep_advice, tracking_of
@@ -39,7 +40,11 @@ def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: Fil
     `LONGEST`. Raises ServerError if MLflow, or the disk, fails.
     """
     uri, artifacts = tracking_of(sweep)
-    with stage(STAGE, len(record.grid) + 1, "runs") as work, mlflow_faults(uri, sweep_advice(report)):
+    with (
+        stage(STAGE, len(record.grid) + 1, "runs") as work,
+        mlflow_faults(uri, sweep_advice(report)),
+        alone(folder / TRACKING_LOCK),
+    ):
         client = client_of(uri)
         experiment = experiment_of(client, record, artifacts)
         digest = record_digest(record)

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import plotly.graph_objects as go
 import pytest
@@ -135,6 +137,23 @@ def test_the_same_findings_are_tracked_once(
     later = record.model_copy(update={"created": "2031-01-01T00:00:00+00:00"})
     assert tracked(sweep, later, tmp_path) == first
     assert {run.info.run_id for run in runs_of(client, record)} == known
+
+
+def test_of_those_that_track_the_same_at_once_one_does_and_the_others_find_it(
+    client: MlflowClient, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    record, sweep, at_once = record_of("at once"), sweep_at(mlflow_server.url, tmp_path), 4
+    together = Barrier(at_once)
+
+    def one() -> str:
+        together.wait()
+        return tracked(sweep, record, tmp_path)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        found = {done.result() for done in [threads.submit(one) for _ in range(at_once)]}
+    parents = {run.info.run_id for run in runs_of(client, record) if DIGEST_TAG in run.data.tags}
+    assert parents == found
+    assert len(found) == 1
 
 
 class Killer:
