@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 AUDIT := .audit
 CONFIG ?= configs/quick.yaml
+ROUNDS ?= 60
 
-.PHONY: help install sweep plan deploy ui test check bench bench-dask bench-overhead bench-front audit lock browser clean
+.PHONY: help install sweep plan deploy ui test chaos check bench bench-dask bench-overhead bench-front audit lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -46,6 +47,9 @@ browser: # the report is tested in it, and it draws the front as PNG
 
 test: $(INSTALLED) browser check ## Linter, type checker and every test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup # two processes whose threads spin would stand in each other's way
+
+chaos: $(INSTALLED) ## Kill or hinder whatever a sweep needs, at random moments: ROUNDS=60, SEED=… to repeat them
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
 bench: $(INSTALLED) ## Print the ratios that quee promises, and write them to benchmarks/results.json
 	$(BIN)/python benchmarks/run.py

@@ -70,7 +70,7 @@ def options(
     ] = False,
 ) -> None:
     """Set up logging and the surroundings of Prefect and MLflow before either is imported."""
-    _quiet_surroundings(verbose)
+    quiet_surroundings(verbose)
 
 
 @app.command()
@@ -309,7 +309,8 @@ def _configured(
     return parse_config(raw, source=str(config))
 
 
-def _quiet_surroundings(verbose: bool) -> None:
+def quiet_surroundings(verbose: bool) -> None:
+    """Settings of Prefect and MLflow where the environment has none, to be made before either is imported."""
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from prefect import flow, get_run_logger, unmapped
+from prefect import flow, get_run_logger, tags, unmapped
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
 from prefect.settings import get_current_settings
@@ -18,6 +18,7 @@ from rich.console import Console
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
 from flows.run_page import MLFLOW_PAGES, RunPage, show_front
+from flows.silent_runs import TAG, tidy_tasks, watch_silence
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
@@ -53,6 +54,7 @@ _checked: ContextVar[SweepConfig | None] = ContextVar("quee_checked_sweep", defa
 )
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
     """Fill the store with what it lacks, fit the grid, evaluate, report, track, register; returns the report's path."""
+    tidy_tasks()
     with on_the_run_page():
         return str(swept(sweep, sweep.run.runs / sweep.name))
 
@@ -123,7 +125,8 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
         OwnServer()
     else:
         check_server()
-    with SweepDisplay(console) as display, listening(display), prefect_faults():
+    watch_silence()
+    with SweepDisplay(console) as display, listening(display), prefect_faults(), tags(TAG):
         token = _checked.set(sweep)
         try:
             report = Path(full_sweep(sweep))

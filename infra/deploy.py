@@ -9,21 +9,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.client.schemas.objects import StateType, WorkerStatus
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.schemas.objects import WorkerStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from pydantic import ValidationError
 
 from flows.prefect_server import check_server
+from flows.silent_runs import end_silent_runs
 from quee_core.config import SweepConfig, load_config, parse_config
 from quee_core.errors import ConfigError, QueeError, first_misfit
 
@@ -32,9 +30,6 @@ GPU_LIMIT = "tag:gpu"  # Prefect's name for the limit of tasks that carry the ta
 WATCH = "quee-new-backbones/watch"
 DEPLOYMENTS = ("quee/full-sweep", WATCH)
 DEFAULT_SWEEP = ROOT / "configs" / "quick.yaml"  # that of prefect.yaml
-SILENT_RUNS = "quee: end silent runs"
-ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Paused", "Suspended")
-SILENCE = timedelta(seconds=75)  # above two heartbeats of 30 s, which prefect.yaml sets
 
 
 def deploy(pool: str, gpus: int, root: Path, sweep: SweepConfig | None, backbones: str | None) -> None:
@@ -105,34 +100,6 @@ def why_runs_wait(client: SyncPrefectClient, pool: str) -> list[str]:
     if all(worker.status is not WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(pool)):
         told.append(f"no worker serves work pool {pool} yet; start one: .venv/bin/prefect worker start --pool {pool}")
     return told
-
-
-def end_silent_runs(client: SyncPrefectClient) -> None:
-    """The automation that marks a run as crashed once its heart has not beaten for `SILENCE`."""
-    ends = {f"prefect.flow-run.{state}" for state in ENDS}
-    wanted = AutomationCore(
-        name=SILENT_RUNS,
-        description="A flow process that was killed together with its worker leaves a run that is never ended.",
-        trigger=EventTrigger(
-            posture=Posture.Proactive,
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ends},
-            match_related={"prefect.resource.id": "prefect.tag.quee", "prefect.resource.role": "tag"},
-            for_each={"prefect.resource.id"},
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[
-            ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="no heartbeat: its process is gone")
-        ],
-    )
-    there = client.read_automations_by_name(SILENT_RUNS)
-    for old in there[1:]:
-        client.delete_automation(old.id)
-    if there:
-        client.update_automation(there[0].id, wanted)
-    else:
-        client.create_automation(wanted)
 
 
 def arguments() -> argparse.Namespace:

@@ -214,6 +214,18 @@ class LocalPlace(Place):
         with whole_file(FilePath(self._full(location))) as file:
             file.write(data)
 
+    def create(self, location: str, data: bytes) -> bool:
+        """Write a file unless there is one, which stays as it is; whether it was written."""
+        path = FilePath(self._full(location))
+        try:
+            with whole_file(path, replace=False) as file:
+                file.write(data)
+        except FileExistsError:  # or a file stands in the place of the folder
+            if not path.is_file():
+                raise
+            return False
+        return True
+
     def move(self, source: str, target: str) -> bool:
         """Rename a file; False if there is none any more."""
         place = FilePath(self._full(target))

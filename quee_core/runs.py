@@ -15,6 +15,7 @@ from quee_core.whole_files import disk_faults, whole_file
 RECORD = "record.json"
 REPORT = "report.html"
 REGISTRATION = "registration.json"
+TRACKING_LOCK = ".tracking.lock"  # held by the process that tracks or registers the run
 ROUTER = "router"
 ROUTER_MANIFEST = "router.json"
 

@@ -3,8 +3,8 @@
 An entry is a data file whose name ends in the checksum of its contents, and a manifest, written last and in one step,
 that makes it visible. Two writers of one entry can therefore not mix: each has a data file of its own unless both
 wrote the same bytes, and the manifest names one of them: the first, where the place can create a file only if there is
-none (S3). What does not match its manifest is set aside under `quarantine/`, named in the log, and computed again. A
-writer that is killed leaves at most a file that nobody reads, which `sweep_orphans` removes.
+none (S3, and a disk with hard links). What does not match its manifest is set aside under `quarantine/`, named in the
+log, and computed again. A writer that is killed leaves at most a file that nobody reads, which `sweep_orphans` removes.
 
 At a URL every look costs a request. A branch whose tables are all there is therefore sealed: one file names them, so
 that a rerun asks for that file alone. The seal is a note, not the truth: a table is checked whenever it is read, and

@@ -27,6 +27,8 @@ _ADVICE = {
     errno.ENAMETOOLONG: "a name is too long for the file system; shorten it or the path to it",
 }
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
 _NUMBERS: dict[type[OSError], int] = {
     PermissionError: errno.EACCES,
     NotADirectoryError: errno.ENOTDIR,
@@ -36,12 +38,15 @@ _NUMBERS: dict[type[OSError], int] = {
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which appears at `path` once the block has ended well, flushed to disk; else nothing does.
 
     Makes the folder. Replaces a file that is there in one step, so that a reader sees the old one or the new one.
     An exception in the block, KeyboardInterrupt included, leaves no temporary file; a killed process may leave one,
     which `is_temporary` knows by its name. Raises OSError.
+
+    replace: False to leave a file that is there and raise FileExistsError, where the file system has hard links; where
+    it has none, the file is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside its target, since another folder may be another disk
@@ -51,7 +56,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replace or not _linked(temporary, path):
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -94,6 +100,18 @@ def disk_faults(place: object, doing: str) -> Iterator[None]:
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), 0)
         why = _ADVICE.get(number, f"{error.strerror or error or type(error).__name__}; check the place and run again")
         raise StoreError(f"{place}: cannot be {doing}: {why}") from error
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name, which no file may have yet; False where there are no hard links. Raises OSError."""
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    temporary.unlink()
+    return True
 
 
 def _flush_folder(folder: Path) -> None:

@@ -13,8 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from quee_core.champion import ServedFront, dataset_name, served_front
 from quee_core.config import SweepConfig
 from quee_core.evaluation import QUEE
+from quee_core.locks import alone
 from quee_core.record import Registration, StageTiming, SweepRecord
-from quee_core.runs import record_digest, router_folder, write_registration
+from quee_core.runs import TRACKING_LOCK, record_digest, router_folder, write_registration
 from quee_core.tracked import front_summary, tags_of
 from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
@@ -38,7 +39,11 @@ def register(
     The same record is registered and judged once. Raises ServerError if MLflow, or the disk, fails.
     """
     uri, artifacts = tracking_of(sweep)
-    with stage(STAGE, 1, "routers") as work, mlflow_faults(uri, sweep_advice(report)):
+    with (
+        stage(STAGE, 1, "routers") as work,
+        mlflow_faults(uri, sweep_advice(report)),
+        alone(folder / TRACKING_LOCK),
+    ):
         client = client_of(uri)
         registry = RouterRegistry(client)
         dataset = dataset_name(record.dataset, record.config)
@@ -51,7 +56,8 @@ def register(
             own = served_front(record, folder)
             experiment = experiment_of(client, record, artifacts)
             logged = _logged(client, experiment, digest) or _log(client, experiment, record, folder, own, run, digest)
-            version = _create_version(client, model, logged, record, own, run, digest)
+            created = _create_version(client, model, logged, record, own, run, digest)
+            version = _first(client, model, digest, created)
         if (verdict := version.tags.get(VERDICT_TAG)) is None:
             verdict, last = judge(registry, uri, dataset, str(version.version), own or served_front(record, folder))
             if last:
@@ -133,3 +139,11 @@ def _create_version(
         },
         model_id=logged.model_id,
     )
+
+
+def _first(client: MlflowClient, model: str, digest: str, created: ModelVersion) -> ModelVersion:
+    """The first version of the same findings; the one just created is removed if another process was quicker."""
+    first = _registered(client, model, digest) or created
+    if first.version != created.version:
+        client.delete_model_version(model, created.version)
+    return first

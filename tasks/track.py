@@ -15,10 +15,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from quee_core.config import SweepConfig
+from quee_core.locks import alone
 from quee_core.record import GridRow, StageTiming, SweepRecord, images_key
 from quee_core.redaction import redacted, without_secrets
 from quee_core.report.figures import all_figures
-from quee_core.runs import record_digest
+from quee_core.runs import TRACKING_LOCK, record_digest
 from quee_core.tracked import Row, metrics_of, params_of, tables_of, tags_of
 from tasks.figure_image import write_image
 from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
@@ -28,6 +29,7 @@ from tasks.retries import PATIENT
 STAGE = "track in MLflow"
 DIGEST_TAG = "quee.record"
 PARENT_TAG = "mlflow.parentRunId"
+LONGEST = 3600.0  # seconds that tracking may take: thousands of grid points take minutes
 AT_ONCE = 8  # children logged together over HTTP, where each request waits; a SQLite file has one writer
 
 
@@ -35,19 +37,23 @@ AT_ONCE = 8  # children logged together over HTTP, where each request waits; a S
 def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: FilePath) -> tuple[str, StageTiming]:
     """Log a finished sweep; returns the parent run's id. Finished runs are logged once: the same record adds none.
 
-    Runs of the same record that a killed process left running are ended first, as killed.
-    Raises ServerError if MLflow, or the disk, fails.
+    What killed processes left running is ended first, as killed: runs of the same record, and any that are older than
+    `LONGEST`. Raises ServerError if MLflow, or the disk, fails.
     """
     uri, artifacts = tracking_of(sweep)
-    with stage(STAGE, len(record.grid) + 1, "runs") as work, mlflow_faults(uri, sweep_advice(report)):
+    with (
+        stage(STAGE, len(record.grid) + 1, "runs") as work,
+        mlflow_faults(uri, sweep_advice(report)),
+        alone(folder / TRACKING_LOCK),
+    ):
         client = client_of(uri)
         experiment = experiment_of(client, record, artifacts)
         digest = record_digest(record)
+        _end_abandoned(client, experiment, digest)
         if (known := _tracked(client, experiment, digest)) is not None:
             advance(STAGE, len(record.grid) + 1)
             work.count(reused=len(record.grid) + 1)
         else:
-            _end_abandoned(client, experiment, digest)
             tags = tags_of(record) | {DIGEST_TAG: digest}
             known = client.create_run(experiment, run_name=record.name, tags=tags).info.run_id
             with _ended(client, known):
@@ -67,14 +73,17 @@ def _tracked(client: MlflowClient, experiment: str, digest: str) -> str | None:
 
 
 def _end_abandoned(client: MlflowClient, experiment: str, digest: str) -> None:
-    """End as killed what still counts as running of the same findings: parents, and the children of all of them."""
+    """End as killed what nobody will end: runs of the same findings, runs of other findings that are old, children."""
+    before = int((time.time() - LONGEST) * 1000)
     parents = client.search_runs([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'")
+    old = f"tags.`{DIGEST_TAG}` LIKE '%' and attributes.status = 'RUNNING' and attributes.start_time < {before}"
+    parents += client.search_runs([experiment], old)
     abandoned = [run for run in parents if run.info.status == "RUNNING"]
     for parent in parents:
         wanted = f"tags.`{PARENT_TAG}` = '{parent.info.run_id}' and attributes.status = 'RUNNING'"
         abandoned += client.search_runs([experiment], wanted)
-    for run in abandoned:
-        client.set_terminated(run.info.run_id, "KILLED")
+    for run in {run.info.run_id for run in abandoned}:
+        client.set_terminated(run, "KILLED")
 
 
 @contextmanager

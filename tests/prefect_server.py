@@ -18,6 +18,7 @@ from tests.processes import end_with_parent, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+BUSY = 503  # SQLite's file is locked
 DEADLINE = 300.0  # seconds; only what is stuck takes as long, on a busy machine too
 
 
@@ -74,11 +75,19 @@ class PrefectServer:
             self._headers["authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
 
     def ask(self, place: str, body: object = None) -> Any:
-        """Answer of a GET, or a POST of `body`."""
+        """Answer of a GET, or a POST of `body`; asked again, as Prefect's clients do, where its database is busy."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + place, data, self._headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code != BUSY or time.monotonic() > deadline:
+                        raise
+                time.sleep(0.3)
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """Runs of a flow, oldest first."""

@@ -22,7 +22,7 @@ from quee_core.errors import StoreError
 from quee_core.store import Store
 from tests.feature_tables import numbered_cell, small_table
 
-STEPS = ("open", "os.mkdir", "os.rename", "os.remove")  # audit events that are raised before each of them
+STEPS = ("open", "os.mkdir", "os.rename", "os.link", "os.remove")  # audit events that are raised before each of them
 
 
 def write(url: str, count: int) -> None:

@@ -26,7 +26,7 @@ from quee_core.data.datasets import load_dataset
 from quee_core.deployment import load_router
 from quee_core.errors import ConfigError, ServerError
 from quee_core.record import Registration, images_key
-from quee_core.runs import read_registration, router_folder
+from quee_core.runs import read_registration, record_digest, router_folder
 from tasks.register import VERDICT_TAG, register
 from tasks.registry import CHAMPION, HISTORY_TAG, Reign, RouterRegistry
 from tasks.router_package import SERVING
@@ -121,6 +121,25 @@ def test_registration_goes_on_where_a_killed_process_ended(three: Registered) ->
     three.client.delete_model_version_tag(MODEL, "2", VERDICT_TAG)  # killed between the alias and the verdict
     assert "better than version 1" in three.again(1).line
     assert three.champion() == "2"
+
+
+def test_processes_that_register_the_same_at_once_leave_one_version(three: Registered, tmp_path: Path) -> None:
+    run = three.runs[1].copy("at once", slice(0, 1), tmp_path / "at-once")
+    sweep = run.tracked_at(three.server.url)
+    parent, _ = track.fn(sweep, run.record, run.folder, run.report)
+    at_once = 4
+    together = Barrier(at_once)
+
+    def one() -> Registration:
+        together.wait()
+        return register.fn(sweep, run.record, run.folder, run.report, parent)[0]
+
+    with ThreadPoolExecutor(at_once) as threads:
+        found = {done.result().version for done in [threads.submit(one) for _ in range(at_once)]}
+    assert len(found) == 1
+    digest = record_digest(run.record)
+    assert [int(each.version) for each in three.versions() if each.tags["quee.record"] == digest] == list(found)
+    three.client.delete_model_version(MODEL, str(*found))  # the other tests count them
 
 
 def test_other_test_images_move_no_alias(three: Registered) -> None:

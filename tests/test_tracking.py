@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import plotly.graph_objects as go
 import pytest
@@ -22,7 +25,7 @@ from quee_core.tracked import MAX_VALUE, metrics_of, params_of, tables_of
 from tasks.figure_image import write_image
 from tasks.mlflow_server import run_address, tracking_of
 from tasks.progress import listening
-from tasks.track import DIGEST_TAG, PARENT_TAG, track
+from tasks.track import DIGEST_TAG, LONGEST, PARENT_TAG, track
 from tests.mlflow_server import MlflowServer
 from tests.sweep_records import realistic_record
 
@@ -140,6 +143,23 @@ def test_the_same_findings_are_tracked_once(
     assert {run.info.run_id for run in runs_of(client, record)} == known
 
 
+def test_of_those_that_track_the_same_at_once_one_does_and_the_others_find_it(
+    client: MlflowClient, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    record, sweep, at_once = record_of("at once"), sweep_at(mlflow_server.url, tmp_path), 4
+    together = Barrier(at_once)
+
+    def one() -> str:
+        together.wait()
+        return tracked(sweep, record, tmp_path)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        found = {done.result() for done in [threads.submit(one) for _ in range(at_once)]}
+    parents = {run.info.run_id for run in runs_of(client, record) if DIGEST_TAG in run.data.tags}
+    assert parents == found
+    assert len(found) == 1
+
+
 class Killer:
     """Kills the server once some runs are tracked, as a machine that goes down does."""
 
@@ -190,11 +210,28 @@ def test_what_a_killed_process_left_running_is_ended(
     experiment = client.create_experiment(f"{record.backbone} on {record.dataset}")
     parent = client.create_run(experiment, tags={DIGEST_TAG: record_digest(record)}).info.run_id
     child = client.create_run(experiment, tags={PARENT_TAG: parent}).info.run_id
-    other = client.create_run(experiment, tags={DIGEST_TAG: "another"}).info.run_id
+    other = client.create_run(experiment, tags={DIGEST_TAG: "another"}).info.run_id  # may be at work
+    long_ago = int((time.time() - 2 * LONGEST) * 1000)
+    old = client.create_run(experiment, long_ago, tags={DIGEST_TAG: "a third"}).info.run_id
+    child_of_old = client.create_run(experiment, tags={PARENT_TAG: old}).info.run_id
+    somebodys = client.create_run(experiment, long_ago).info.run_id
     tracked(sweep, record, tmp_path)
     states = {run.info.run_id: run.info.status for run in runs_of(client, record)}
-    assert (states.pop(parent), states.pop(child), states.pop(other)) == ("KILLED", "KILLED", "RUNNING")
+    ended = [states.pop(run) for run in (parent, child, old, child_of_old)]
+    assert ended == ["KILLED"] * 4
+    assert (states.pop(other), states.pop(somebodys)) == ("RUNNING", "RUNNING")
     assert set(states.values()) == {"FINISHED", "FAILED"}
+
+
+def test_what_was_killed_while_another_process_tracked_the_same_is_ended(
+    client: MlflowClient, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    record, sweep = record_of("both"), sweep_at(mlflow_server.url, tmp_path)
+    first = tracked(sweep, record, tmp_path)
+    experiment = client.get_run(first).info.experiment_id
+    parent = client.create_run(experiment, tags={DIGEST_TAG: record_digest(record)}).info.run_id
+    assert tracked(sweep, record, tmp_path) == first
+    assert client.get_run(parent).info.status == "KILLED"
 
 
 def test_artifacts_of_new_experiments_go_where_they_are_asked_to(

@@ -1,0 +1,63 @@
+"""`make chaos`: rounds of chaos, a row of a table for each; ends with 1 if any of them violates what must hold."""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.aftermath import aftermath
+from tests.chaos.rounds import HEAD, Rounds
+from tests.chaos.surroundings import surroundings
+
+MOST_MISSED = 0.2  # of the rounds: how long a sweep takes differs on a busy machine
+AT_ONCE = 8  # processes that compute the same sweep
+
+
+def main() -> int:
+    """Rounds as the command line asks; returns how many violations there were, at most 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of the first round, each other has the next (random)")
+    parser.add_argument("--folder", type=Path, help="where servers and sweeps keep their files (a temporary one)")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends servers, and unmounts disks
+    seed = random.SystemRandom().randrange(100_000) if asked.seed is None else asked.seed
+    with tempfile.TemporaryDirectory(prefix="quee-chaos-", ignore_cleanup_errors=True) as scratch:
+        return chaos(asked.folder or Path(scratch), asked.rounds, seed)
+
+
+def chaos(folder: Path, rounds: int, seed: int) -> int:
+    """Run the rounds, and print them as they end; 1 if anything is violated."""
+    started = time.monotonic()
+    with surroundings(folder) as around:
+        played = Rounds(around)
+        print(
+            f"{rounds} rounds, seeds {seed} to {seed + rounds - 1}; {played.cells} cells of {played.course.entries} "
+            f"entries; all is up after {time.monotonic() - started:.0f} s\n{HEAD}",
+            flush=True,
+        )
+        wrong = killed = missed = 0
+        for number in range(rounds):
+            try:
+                row = played.run(number + 1, seed + number)
+            except AssertionError as error:  # something hangs, or does not start again
+                sys.exit(f"round {number + 1}, seed {seed + number}: {error}")
+            wrong += len(row.wrong)
+            killed += row.silent
+            missed += row.missed
+            print(row, flush=True)
+        print(f"{AT_ONCE} processes at once", flush=True)
+        after = [*played.at_once(AT_ONCE), *aftermath(around, killed)]
+        if missed > rounds * MOST_MISSED:
+            after.append(f"{missed} of {rounds} sweeps were over before anything befell them")
+    print("".join(f"      {each}\n" for each in after), end="")
+    wrong += len(after)
+    print(f"{rounds} rounds in {time.monotonic() - started:.0f} s, {wrong} violations", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
