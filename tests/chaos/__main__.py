@@ -45,6 +45,9 @@ def chaos(folder: Path, rounds: int, seed: int) -> int:
                 row = played.run(number + 1, seed + number)
             except AssertionError as error:  # something hangs, or does not start again
                 sys.exit(f"round {number + 1}, seed {seed + number}: {error}")
+            except Exception as error:
+                error.add_note(f"round {number + 1}, seed {seed + number}")
+                raise
             wrong += len(row.wrong)
             killed += row.silent
             missed += row.missed

@@ -19,13 +19,14 @@ from tests.chaos.commands import Command, DeployedRun, SweepCommand
 from tests.chaos.hindrances import HINDRANCES, Hindrance, Scene
 from tests.chaos.moments import Course
 from tests.chaos.small_disk import mount
-from tests.chaos.store_files import FilesOnDisk, FilesOnS3, StoreFiles, whole_entries
+from tests.chaos.store_files import AWAY, FilesOnDisk, FilesOnS3, Shown, StoreFiles, whole_entries
 from tests.chaos.surroundings import Surroundings
 from tests.chaos.watcher import Watcher
 from tests.quee_command import computed, write_sweep
 from tests.test_sweep_s3 import figures
 
 FINISHED = ("exit 0", "completed")
+READY = 60.0  # seconds
 MODEL = "quee-router-fashion_mnist"
 SLOW = {"name": "mlp", "options": {"epochs": 30, "patience": 30, "batch": 8}}
 PREDICTORS = [SLOW, {"name": "logistic"}, {"name": "nearest_cluster", "options": {"clusters": 5}}]
@@ -79,11 +80,11 @@ class Rounds:
             if hit := moment.wait(watcher, lambda: first.running):
                 hindrance.hinder(Scene(self._around, folder, first, files, watcher, rng))
             ended = None if hindrance.silent else first.ended()
-            before = dict(whole_entries(files))
+            before = self._whole(files)
             unfinished = self._unfinished(units)
             again = self._command(folder, "again", hindrance)
             ended_again, ended = again.ended(), ended or first.ended()
-            after = dict(whole_entries(files))
+            after = self._whole(files)
         wrong = [f"the store: {each}" for each in watcher.violations]
         missed = ended in FINISHED and (not hit or ended not in hindrance.endings)
         if ended not in hindrance.endings and not missed:
@@ -119,7 +120,7 @@ class Rounds:
             if ended != "exit 0" or "Traceback" in command.said:
                 wrong.append(f"one of them ended with {ended!r}: {command.said[-3000:]}")
         record = read_record(folder / "runs" / "small" / "record.json")
-        kinds = Counter(entry.kind for entry in dict(whole_entries(files)))
+        kinds = Counter(entry.kind for entry in self._whole(files))
         if kinds != self.course.kinds:
             wrong.append(f"they published {kinds}, one alone {self.course.kinds}")
         return [*wrong, *self._not_the_same(record), *self._wrong_in_mlflow(record)]
@@ -140,7 +141,7 @@ class Rounds:
         assert watcher.violations == []
         record = read_record(folder / "runs" / "small" / "record.json")
         assert all(row.failure is None for row in record.grid)
-        kinds = Counter(entry.kind for entry in dict(whole_entries(files)))
+        kinds = Counter(entry.kind for entry in self._whole(files))
         return record, Course(kinds, first - started, over - last)
 
     def _prepared(self, name: str, hindrance: Hindrance) -> tuple[Path, StoreFiles]:
@@ -157,6 +158,17 @@ class Rounds:
             run["dask"] = self._around.dask.address
         write_sweep(folder, run=run, predictors=PREDICTORS, targets={"clusters": [None, 3, 5]})
         return folder, files
+
+    def _whole(self, files: StoreFiles) -> dict[Shown, tuple[str, str]]:
+        """What is visible and whole; S3 that has just been started again may need some more seconds."""
+        deadline = time.monotonic() + READY
+        while True:
+            try:
+                return dict(whole_entries(files))
+            except AWAY:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def _command(self, folder: Path, name: str, hindrance: Hindrance) -> Command:
         return (DeployedRun if hindrance.deployed else SweepCommand)(self._around, folder, name)
