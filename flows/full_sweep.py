@@ -1,7 +1,6 @@
 """The flow `quee`, deployed as `quee/full-sweep`: one sweep from images to front."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
-from flows.run_page import MLFLOW_PAGES, RunPage, show_front
+from flows.run_page import RunPage, show_front, show_tracking
 from flows.silent_runs import TAG, tidy_tasks, watch_silence
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
@@ -31,7 +30,6 @@ from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate, write_report
 from tasks.extract import CELLS, STAGE, extract
 from tasks.grid_cluster import check_cluster
-from tasks.mlflow_server import run_address
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
 from tasks.register import register
@@ -72,7 +70,8 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     tracked, _ = track(sweep, record, folder, report)
     registration, _ = register(sweep, record, folder, report, tracked)
     if named_server() is not None:
-        show_front(record, report, run_address(sweep, record, tracked, os.environ.get(MLFLOW_PAGES)))
+        show_front(record, report)
+        show_tracking(sweep, record, tracked)
     get_run_logger().info("router: %s", registration.line)
     get_run_logger().info("report: %s", report)
     return report

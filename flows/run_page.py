@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -22,7 +23,10 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
+from quee_core.config import SweepConfig
+from quee_core.errors import ServerError
 from quee_core.record import SweepRecord
+from tasks.mlflow_server import run_address
 
 logger = logging.getLogger("quee.page")
 
@@ -106,18 +110,15 @@ class RunPage:
 
 @contextmanager
 def _though_the_page_lacks_it() -> Iterator[None]:
-    """Log what Prefect's server refuses, and go on: a sweep of hours is worth more than its page."""
+    """Log what Prefect's or MLflow's server refuses, and go on: a sweep of hours is worth more than its page."""
     try:
         yield
-    except (PrefectException, httpx.HTTPError) as error:
+    except (PrefectException, httpx.HTTPError, ServerError) as error:
         logger.warning("Prefect's page of the run lacks something: %s", " ".join(str(error).split())[:200])
 
 
-def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
-    """Add the front at each budget as a table, its picture where one was drawn, and links to the report and to MLflow.
-
-    tracked: address of MLflow's run, None where it is not tracked by a server.
-    """
+def show_front(record: SweepRecord, report: Path) -> None:
+    """Add the front at each budget as a table, its picture where one was drawn, and a link to the report."""
     with _though_the_page_lacks_it():
         create_table_artifact(
             key=artifact_key(f"{record.name}-front"),
@@ -145,9 +146,14 @@ def show_front(record: SweepRecord, report: Path, tracked: str | None) -> None:
             key=artifact_key(f"{record.name}-report"), link=report.resolve().as_uri(), link_text="report",
             description="a file on the machine that ran the sweep",
         )  # fmt: skip
-        if tracked is not None:
+
+
+def show_tracking(sweep: SweepConfig, record: SweepRecord, run: str) -> None:
+    """Add a link to the sweep's run in MLflow, where a server shows it."""
+    with _though_the_page_lacks_it():
+        if (address := run_address(sweep, record, run, os.environ.get(MLFLOW_PAGES))) is not None:
             create_link_artifact(
-                key=artifact_key(f"{record.name}-mlflow"), link=tracked, link_text="run in MLflow",
+                key=artifact_key(f"{record.name}-mlflow"), link=address, link_text="run in MLflow",
                 description="settings, figures, grid points, router",
             )  # fmt: skip
 

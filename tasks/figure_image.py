@@ -14,13 +14,15 @@ logger = logging.getLogger("quee.track")
 
 def write_image(figure: go.Figure, path: FilePath) -> bool:
     """Draw `figure` at `path`, in the 3 seconds that a browser takes; returns False, and logs why, where none can."""
-    if not any(shutil.which(name) for name in BROWSERS):
+    browser = next((name for name in BROWSERS if shutil.which(name)), None)
+    if browser is None:
         logger.info("%s is left out: it takes Chromium or Chrome, and there is neither", path.name)
         return False
+    logging.getLogger("choreographer").setLevel(logging.ERROR)  # what goes wrong is told here, in one line
     try:
         plotly.io.write_image(figure, path, scale=2)
     except Exception as error:  # of the browser's many; the figure is there as HTML
         path.unlink(missing_ok=True)
-        logger.warning("%s is left out: %s", path.name, " ".join(str(error).split()) or type(error).__name__)
+        logger.warning("%s is left out: %s does not draw it (%s)", path.name, browser, type(error).__name__)
         return False
     return True
