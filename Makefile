@@ -63,7 +63,7 @@ bench-overhead: $(INSTALLED) ## Print what a sweep of 720 cells spends outside o
 bench-front: $(INSTALLED) ## Print the front against every baseline, over data sets and seeds; DATA_ROOT adds CIFAR-10
 	$(BIN)/python benchmarks/front.py
 
-audit: ## Check the pinned dependencies against PyPI's advisories; wants pypi.org, and says so where there is none
+audit: ## Check the pinned dependencies against PyPI's advisories; wants the internet, and says so where there is none
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
 	@$(AUDIT)/bin/python -m infra.audit requirements.lock
 

@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from pydantic import Field
 
+from flows.silent_runs import TAG
 from quee_core.backbones.registry import list_backbones
 from quee_core.backbones.shelf import VARIANT, Shelved, read_shelf
 from quee_core.config import BackboneConfig, SweepConfig
@@ -93,7 +94,7 @@ def sweep_of(one: Shelved, base: SweepConfig, attempts: int) -> Started:
             FlowRun,
             run_deployment(
                 SWEEP, parameters={"sweep": asked}, flow_run_name=name, timeout=0, idempotency_key=key,
-                as_subflow=False, tags=["quee", f"backbone:{one.label}"],
+                as_subflow=False, tags=[TAG, f"backbone:{one.label}"],
             ),
         )  # fmt: skip
         state = run.state_name or "Scheduled"

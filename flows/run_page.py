@@ -89,7 +89,7 @@ class RunPage:
                 return
             bar.done += steps
             percent, now = bar.percent, time.monotonic()
-            if percent - bar.shown < LEAST_STEP or now - bar.told < INTERVAL:
+            if abs(percent - bar.shown) < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
         with _though_the_page_lacks_it():

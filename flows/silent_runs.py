@@ -26,6 +26,7 @@ from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import PrefectException
+from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 logger = logging.getLogger("quee.silent")
@@ -40,7 +41,11 @@ SILENT = f"no heartbeat: {GONE}"
 
 
 def watch_silence() -> None:
-    """Have Prefect's server end runs that fall silent from now on; the log tells if it does not take that."""
+    """Have Prefect's server end runs that fall silent from now on; the log tells if it does not, and why."""
+    beat = get_current_settings().flows.heartbeat_frequency
+    if beat is None or 2 * beat > SILENCE.total_seconds():
+        logger.warning("PREFECT_FLOWS_HEARTBEAT_FREQUENCY is not 30: this run could seem silent, and silence ends none")
+        return
     with _though_the_server_refuses("ends no runs that fall silent"), get_client(sync_client=True) as client:
         end_silent_runs(client)
 

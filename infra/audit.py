@@ -23,7 +23,7 @@ def audit(lock: Path, tool: Path) -> tuple[int, list[str]]:
         known = _asked(control, tool)
     if isinstance(known, str) or not any(each.get("vulns") for each in known):
         why = known if isinstance(known, str) else f"it knows none of {CONTROL}, which has many"
-        return UNKNOWN, [f"no advisories can be had here ({why}); run it where https://pypi.org/pypi can be reached"]
+        return UNKNOWN, [f"no advisories can be had here ({why}); run it where the index itself can be reached"]
     found = _asked(lock, tool)
     return (UNKNOWN, [found]) if isinstance(found, str) else verdict(found)
 

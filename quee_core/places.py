@@ -221,7 +221,7 @@ class LocalPlace(Place):
             with whole_file(path, replace=False) as file:
                 file.write(data)
         except FileExistsError:  # or a file stands in the place of the folder
-            if not path.is_file():
+            if not path.parent.is_dir():
                 raise
             return False
         return True

@@ -218,7 +218,7 @@ class S3Place(Place):
         code, status = _answer(error)
         if code in _ADVICE:
             return _Fault(_ADVICE[code].format(server=self.server))
-        if code in _LATER or status in _LATER_STATUS:
+        if _is_for_later(code, status):
             return _Fault(f"{self.server} refuses it for the moment ({code}, status {status})", passes=True)
         if isinstance(error, _CREDENTIALS):
             return _Fault(
@@ -237,6 +237,15 @@ class S3Place(Place):
         if isinstance(error, boto.BotoCoreError | boto.ClientError | OSError):
             return _Fault(f"{_first_line(error)}; check the place and run again, what is finished is kept")
         return None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether `error`, of botocore or s3fs, is an S3 server that does not answer, or refuses for the moment."""
+    return isinstance(error, _CONNECTION) or _is_for_later(*_answer(error))
+
+
+def _is_for_later(code: str, status: int) -> bool:
+    return code in _LATER or status in _LATER_STATUS
 
 
 def _answer(error: BaseException) -> tuple[str, int]:

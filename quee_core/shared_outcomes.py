@@ -4,22 +4,22 @@ What a key stands for is an artefact that names the cells of every path. A host 
 that all processes on it map.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path as FilePath
 
 import pyarrow as pa
 
 from quee_core.errors import AbsentTableError, ConfigError, DamagedTableError, StoreError
+from quee_core.locks import alone
 from quee_core.paths import Path
 from quee_core.store import Store
 from quee_core.tables import Cell, Outcomes
@@ -83,7 +83,7 @@ def mapped_outcomes(store: Store, key: str, folder: FilePath) -> Outcomes:
     place = folder / key[:32]
     with disk_faults(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder / f"{key[:32]}.lock"):
+        with alone(folder / f"{key[:32]}.lock"):
             if not _is_whole(place):
                 shutil.rmtree(place, ignore_errors=True)
                 _remove_unused(folder)
@@ -93,15 +93,6 @@ def mapped_outcomes(store: Store, key: str, folder: FilePath) -> Outcomes:
                     file.write(json.dumps(sums).encode())
             os.utime(place)
             return Outcomes.load(place)
-
-
-@contextmanager
-def _one_at_a_time(lock: FilePath, *, wait: bool = True) -> Iterator[None]:
-    """Hold `lock`; raises BlockingIOError where another process does and this one is not to `wait`."""
-    # the kernel lets go of it with its holder, however that ends
-    with lock.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
 
 
 def _is_whole(place: FilePath) -> bool:
@@ -121,11 +112,17 @@ def _sums(place: FilePath) -> dict[str, str]:
 
 
 def _remove_unused(folder: FilePath) -> None:
-    oldest = time.time() - UNUSED
-    for other in [path for path in folder.iterdir() if path.is_dir() and path.stat().st_mtime < oldest]:
-        with suppress(BlockingIOError), _one_at_a_time(folder / f"{other.name}.lock", wait=False):  # else in use again
-            if other.stat().st_mtime < oldest:
+    for other in [path for path in folder.iterdir() if path.is_dir() and _is_unused(path)]:
+        with suppress(BlockingIOError), alone(folder / f"{other.name}.lock", wait=False):  # else it is in use again
+            if _is_unused(other):
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_unused(place: FilePath) -> bool:
+    try:
+        return place.stat().st_mtime < time.time() - UNUSED
+    except FileNotFoundError:  # another process has removed it
+        return False
 
 
 def _cell(given: Mapping[str, str | int]) -> Cell:

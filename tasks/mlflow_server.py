@@ -16,10 +16,20 @@ from quee_core.config import SweepConfig
 from quee_core.errors import ServerError, ServerUnreachableError
 from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
+from quee_core.s3_place import may_pass
 
 DATABASE = "mlflow.db"
 # MLflow reads them from the environment alone; the first prints a line, and asks the server, for each run that ends
 _QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+
+_UNSAFE = "no safe connection to it, by its certificate or ours"
+_FAULTY = "it answers with errors of its own, time and again"
+_CAUSES = {  # urllib3's names
+    "NewConnectionError": "no server answers there",
+    "NameResolutionError": "its host is not found",
+    "SSLError": _UNSAFE,
+    "ResponseError": _FAULTY,
+}
 
 
 def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
@@ -64,16 +74,30 @@ def mlflow_faults(uri: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, BotoCoreError, ClientError, Boto3Error, OSError) as error:
-        if gives_no_answer(error):  # what else it says is urllib3's, which names the address three times
-            why = "no server answers there" if "NewConnectionError" in str(error) else "the server breaks off"
-            raise ServerUnreachableError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ServerError(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
+        why = _given_up(error) or (str(error) or type(error).__name__).splitlines()[0]
+        kind = ServerUnreachableError if passes(error) else ServerError
+        raise kind(without_secrets(f"MLflow at {uri}: {why}; {advice}")) from error
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a failure may pass: of MLflow's server, or of the S3 server that it keeps files on."""
+    given_up = _given_up(error)
+    if given_up is not None:
+        return given_up != _UNSAFE
+    return any(each is not None and may_pass(each) for each in (error, error.__cause__, error.__context__))
 
 
 def gives_no_answer(error: BaseException) -> bool:
     """Whether MLflow's client has given up on a server that is away, which then takes no word of the failure either."""
-    return any(said in str(error) for said in ("Max retries exceeded", "Connection aborted"))
+    return _given_up(error) not in (None, _UNSAFE, _FAULTY)
+
+
+def _given_up(error: BaseException) -> str | None:
+    """Why MLflow's client stopped trying, if it did; what else it says is urllib3's, which names the address thrice."""
+    told = str(error)
+    if not any(said in told for said in ("Max retries exceeded", "Connection aborted")):
+        return None
+    return next((why for cause, why in _CAUSES.items() if cause in told), "the server breaks off")
 
 
 def sweep_advice(report: FilePath) -> str:

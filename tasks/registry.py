@@ -23,6 +23,7 @@ OWN_TAG, OWN = "quee", "router"
 HISTORY_TAG = "quee.champions"
 HISTORY = 50  # entries
 PROMOTED_TAG = "quee.promoted"
+_BEFORE = "; before it "  # in that tag, what it took the place of
 _ABSENT = {ErrorCode.Name(code) for code in (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)}
 
 
@@ -135,10 +136,19 @@ class RouterRegistry:
         """Which version is in service since when, in words that are others after each change."""
         return _standing(self.model(dataset))
 
-    def promotions(self, dataset: str) -> dict[str, str]:
-        """How each version that ever was promoted last came to it."""
-        versions = self.versions(PREFIX + dataset)
-        return {str(v.version): v.tags[PROMOTED_TAG] for v in versions if PROMOTED_TAG in v.tags}
+    def rivals(self, dataset: str, number: str) -> list[str]:
+        """Versions that were put in the place of the same champion as version `number`, since that was registered."""
+        versions = {str(each.version): each for each in self.versions(PREFIX + dataset)}
+        told = {each: v.tags[PROMOTED_TAG] for each, v in versions.items() if PROMOTED_TAG in v.tags}
+        if number not in told:
+            return []
+        place = told[number].rpartition(_BEFORE)[2]
+        registered = _told(datetime.datetime.fromtimestamp(versions[number].creation_timestamp / 1000, datetime.UTC))
+        return [
+            each
+            for each, how in told.items()
+            if each != number and how.rpartition(_BEFORE)[2] == place and how.partition(": ")[0] >= registered
+        ]
 
     def promote(self, dataset: str, version: str, how: str, standing: str | None = None) -> bool:
         """Put a version in service, and note it and what was there before; whether it was done.
@@ -172,10 +182,10 @@ class RouterRegistry:
         return self._move(model, before.version, f"rollback from version {now.version}", reigns[:-2])
 
     def _move(self, model: RegisteredModel, version: str, how: str, before: list[Reign]) -> Reign:
-        reign = Reign(version, _now(), how)
+        reign = Reign(version, _told(datetime.datetime.now(datetime.UTC)), how)
         told = "none" if CHAMPION not in model.aliases else f"version {model.aliases[CHAMPION]}"
         kept = [asdict(each) for each in [*before, reign][-HISTORY:]]
-        self.client.set_model_version_tag(model.name, version, PROMOTED_TAG, f"{reign.since}: {how}; before it {told}")
+        self.client.set_model_version_tag(model.name, version, PROMOTED_TAG, f"{reign.since}: {how}{_BEFORE}{told}")
         self.client.set_registered_model_tag(model.name, HISTORY_TAG, json.dumps(kept))
         self.client.set_registered_model_alias(model.name, CHAMPION, version)
         return reign
@@ -214,5 +224,5 @@ def _noted(model: RegisteredModel) -> Any:
     return json.loads(model.tags.get(HISTORY_TAG, "[]"))
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def _told(when: datetime.datetime) -> str:
+    return when.isoformat(timespec="seconds")

@@ -11,13 +11,13 @@ logger = logging.getLogger("quee.retries")
 
 
 def is_transient(task: Any, _run: object, state: object) -> bool:
-    """Whether another try can help: for those of quee's faults that pass, and the system's; not for bad input or bugs.
+    """Whether another try can help: for those of quee's faults that pass, and lost connections; no bug, no bad input.
 
     Says so in the log, where Prefect's own word of it is not shown.
     """
     error = getattr(state, "data", None)
     fault = getattr(error, "exception", error)
-    if not (fault.passes if isinstance(fault, QueeError) else isinstance(fault, OSError)):
+    if not (fault.passes if isinstance(fault, QueeError) else isinstance(fault, ConnectionError | TimeoutError)):
         return False
     logger.warning("%s is tried again: %s", getattr(task, "name", "a task"), str(fault).partition("; ")[0])
     return True

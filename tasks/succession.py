@@ -3,14 +3,15 @@
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
-from botocore.exceptions import ClientError
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 
 from quee_core.champion import ServedFront, contest
 from quee_core.errors import DamagedTableError
 from quee_core.redaction import without_secrets
-from tasks.mlflow_server import gives_no_answer
+from tasks.mlflow_server import passes
 from tasks.registry import PREFIX, RouterRegistry
 from tasks.router_package import FRONT_ARTIFACT
 
@@ -22,12 +23,13 @@ def judge(registry: RouterRegistry, uri: str, dataset: str, number: str, own: Se
     """
     overrule = f"`quee champion promote {dataset} {number}`"
     while True:
-        promoted, standing = registry.promotions(dataset), registry.standing(dataset)
+        standing = registry.standing(dataset)
         champion = registry.champion(dataset)
         if champion is None:
             how, verdict = "first", "the first router of its data set"
         elif champion.version == number:  # a killed process had come so far
-            return f"champion since {champion.since}: {champion.how}", True
+            verdict = f"champion since {champion.since}: {champion.how}"
+            break
         else:
             theirs = _front(registry, uri, dataset, champion.version)
             if isinstance(theirs, str):
@@ -39,28 +41,28 @@ def judge(registry: RouterRegistry, uri: str, dataset: str, number: str, own: Se
                 return f"not clearly {verdict}; {overrule} overrules this", True
         if registry.promote(dataset, number, how, standing):
             break  # else another sweep was faster, and its router is the one to beat
-    now = registry.promotions(dataset)
-    rivals = [each for each, told in now.items() if each != number and told != promoted.get(each)]
-    return verdict + _settled(registry, uri, dataset, number, own, rivals), True
+    return verdict + _settled(registry, uri, dataset, number, own), True
 
 
-def _settled(registry: RouterRegistry, uri: str, dataset: str, number: str, own: ServedFront, rivals: list[str]) -> str:
+def _settled(registry: RouterRegistry, uri: str, dataset: str, number: str, own: ServedFront) -> str:
     """Between versions that were promoted at the same time the best counts, and of equal ones the first.
 
     All of them come to the same end, whoever moved the alias last. Returns what is to be added to the verdict.
     """
     fronts = {number: own}
-    for rival in rivals:
+    for rival in registry.rivals(dataset, number):
         if isinstance(theirs := _front(registry, uri, dataset, rival), ServedFront):
             fronts[rival] = theirs
     best, *others = sorted(fronts, key=int)
     for other in others:
         if contest(fronts[other], fronts[best]).better:
             best = other
+    champion = registry.champion(dataset)
+    if champion is not None and champion.version in fronts and champion.version != best:
+        how = f"promoted at the same time as version {champion.version}, which is not clearly better"
+        registry.promote(dataset, best, how)
     if best == number:
         return ""
-    if (champion := registry.champion(dataset)) is None or champion.version != best:
-        registry.promote(dataset, best, f"promoted at the same time as version {number}, which is not clearly better")
     return f"; but version {best}, promoted at the same time, stays: {contest(own, fronts[best]).reason}"
 
 
@@ -72,7 +74,7 @@ def _front(registry: RouterRegistry, uri: str, dataset: str, number: str) -> Ser
             place = f"{str(version.source).rstrip('/')}/{FRONT_ARTIFACT}"
             found = download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=uri)
             return ServedFront.from_bytes(FilePath(found).read_bytes())
-    except (MlflowException, ClientError, OSError, DamagedTableError) as error:
-        if gives_no_answer(error):
+    except (MlflowException, BotoCoreError, ClientError, Boto3Error, OSError, DamagedTableError) as error:
+        if passes(error):
             raise
         return without_secrets(f"cannot be read ({' '.join(str(error).split())[:200]})")

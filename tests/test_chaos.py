@@ -26,7 +26,8 @@ def test_whatever_is_killed_or_hindered_the_same_command_ends_with_the_same_fron
     print(done.stdout)
     assert done.returncode == 0, done.stdout
     for hindrance in HINDRANCES:
-        assert sum(f"  {hindrance.name}  " in line for line in done.stdout.splitlines()) == 1
+        rows = [line for line in done.stdout.splitlines() if f"  {hindrance.name}  " in line]
+        assert len([line for line in rows if " before " not in line]) == 1, f"{hindrance.name} befell no sweep"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_a_sweep_and_the_server_that_it_starts_listen_on_loopback_alone(tmp_path
         sweep.wait_for_tables(3)
         while sweep.running:
             seen |= sweep.listening()
+            time.sleep(0.05)
     assert seen == LOOPBACK  # Prefect's server all the time, and Dask's for health while the grid is fitted
 
 

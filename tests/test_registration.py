@@ -4,6 +4,7 @@ import ast
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -28,7 +29,7 @@ from quee_core.errors import ConfigError, ServerError
 from quee_core.record import Registration, images_key
 from quee_core.runs import read_registration, record_digest, router_folder
 from tasks.register import VERDICT_TAG, register
-from tasks.registry import CHAMPION, HISTORY_TAG, Reign, RouterRegistry
+from tasks.registry import CHAMPION, HISTORY_TAG, PROMOTED_TAG, Reign, RouterRegistry, history
 from tasks.router_package import SERVING
 from tasks.track import track
 from tests.finished_run import FinishedRun, finished_run  # noqa: F401 (a fixture)
@@ -131,8 +132,9 @@ def test_processes_that_register_the_same_at_once_leave_one_version(three: Regis
     together = Barrier(at_once)
 
     def one() -> Registration:
-        together.wait()
-        return register.fn(sweep, run.record, run.folder, run.report, parent)[0]
+        folder = tmp_path / f"process-{together.wait()}"  # as on a host of its own: no lock keeps the others off
+        shutil.copytree(run.folder, folder)
+        return register.fn(sweep, run.record, folder, run.report, parent)[0]
 
     with ThreadPoolExecutor(at_once) as threads:
         found = {done.result().version for done in [threads.submit(one) for _ in range(at_once)]}
@@ -176,7 +178,8 @@ def raced(three: Registered) -> Raced:
     first, *others = (registered(three.server, run) for run in named)
     model = first.model
     for each in others:
-        three.client.delete_model_version_tag(model, str(each.version), VERDICT_TAG)
+        for tag in (VERDICT_TAG, PROMOTED_TAG):
+            three.client.delete_model_version_tag(model, str(each.version), tag)
     three.client.set_registered_model_alias(model, CHAMPION, str(first.version))
     return Raced(model, dataset, named[1:], (str(others[0].version), str(others[1].version)))
 
@@ -215,6 +218,19 @@ def test_of_two_that_move_the_alias_at_once_the_better_one_is_champion(
     if last == 0:
         told = raced.verdict(three.client, worse)
         assert f"; but version {better}, promoted at the same time, stays: mean accuracy from" in told
+
+
+@pytest.mark.parametrize("again", [0, 1], ids=["worse", "better"])
+def test_of_two_that_were_killed_right_after_they_moved_the_alias_a_rerun_finds_the_better_one(
+    three: Registered, raced: Raced, again: int
+) -> None:
+    registry, (worse, better) = RouterRegistry(three.client), raced.versions
+    before = registry.model(raced.dataset)
+    registry.promote(raced.dataset, better, "better than version 1")
+    registry._move(before, worse, "better than version 1", history(before))
+    assert three.client.get_model_version_by_alias(raced.model, CHAMPION).version == worse
+    registered(three.server, raced.runs[again])
+    assert three.client.get_model_version_by_alias(raced.model, CHAMPION).version == better
 
 
 def test_a_challenger_is_judged_anew_where_another_was_faster(

@@ -1,8 +1,10 @@
 """What can pass is waited for, by every stage and in bounded time; what can't is tried once."""
 
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -30,6 +32,7 @@ from tasks.assemble import assemble_outcomes
 from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate
 from tasks.extract import extract
+from tasks.mlflow_server import client_of, gives_no_answer, mlflow_faults
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening
 from tasks.register import register
@@ -111,6 +114,36 @@ def test_a_server_that_stays_away_is_told_in_bounded_time(tmp_path: Path, monkey
         in_a_flow(lambda: track(sweep, record, tmp_path, tmp_path / REPORT))
     assert attempts.ended == ["broken off"] * 3
     assert time.monotonic() - began < 120
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A server that answers, with a fault of its own."""
+
+    def do_POST(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Not shown."""
+
+
+def test_what_ails_mlflow_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as broken:
+        Thread(target=broken.serve_forever, daemon=True).start()
+        port = broken.server_port
+        for uri, why, fault, silent in (
+            (f"http://127.0.0.1:{port}", "it answers with errors of its own, time", ServerUnreachableError, False),
+            (f"https://127.0.0.1:{port}", "no safe connection to it, by its certif", ServerError, False),
+            ("http://nowhere.invalid", "its host is not found", ServerUnreachableError, True),
+            (f"http://127.0.0.1:{free_ports(1)[0]}", "no server answers there", ServerUnreachableError, True),
+        ):
+            with pytest.raises(ServerError, match=why) as told, mlflow_faults(uri, "that is all"):
+                client_of(uri).search_experiments()
+            assert type(told.value) is fault
+            assert told.value.__cause__ is not None
+            assert gives_no_answer(told.value.__cause__) == silent
+        broken.shutdown()
 
 
 def test_a_server_that_refuses_is_asked_once(

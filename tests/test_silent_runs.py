@@ -20,7 +20,6 @@ def test_a_killed_sweep_is_ended_by_the_next_server_and_its_tasks_by_the_next_sw
         patch.setenv("PREFECT_HOME", str(home))
         with SweepProcess(tmp_path) as sweep:
             sweep.wait_for_tables(3)
-            killed = time.monotonic()
             sweep.send(signal.SIGKILL)
             sweep.ended()
     with prefect_server(tmp_path) as server:  # of the same database
@@ -33,11 +32,11 @@ def test_a_killed_sweep_is_ended_by_the_next_server_and_its_tasks_by_the_next_sw
             left = {"task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED"]}}}}
             return [run["name"] for run in server.ask("/task_runs/filter", left)]
 
-        assert state()["type"] == "RUNNING"
         assert unfinished()
+        up = time.monotonic()
         until("the automation", lambda: state()["type"] == "CRASHED")
         assert state()["message"] == SILENT
-        assert time.monotonic() - killed < SILENCE.total_seconds() + 60
+        assert time.monotonic() - up < SILENCE.total_seconds() + 60
         time.sleep(LATE.total_seconds())
         done = server.do(QUEE, "sweep", tmp_path / "sweep.yaml")
         assert done.returncode == 0, done.stdout + done.stderr

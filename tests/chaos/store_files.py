@@ -56,7 +56,9 @@ class FilesOnDisk:
         return None
 
     def write(self, name: str, data: bytes) -> None:
-        (self._folder / name).write_bytes(data)
+        beside = self._folder / f"{name}.new"
+        beside.write_bytes(data)
+        beside.rename(self._folder / name)
 
 
 class FilesOnS3:

@@ -50,6 +50,9 @@ class Watcher:
                     self._look()
                 except AWAY:
                     time.sleep(PAUSE)
+                except Exception as error:  # else nobody would watch, and nobody know
+                    self.violations.append(f"the watcher fails: {error!r}")
+                    return
             time.sleep(PAUSE)
 
     def _look(self) -> None:
