@@ -2,14 +2,13 @@
 and fails if that is missed (at least 0.85).
 
 The same grid of at least 200 points on the same real tables is fitted by one process in a plain loop, by a scheduler
-and two worker processes on loopback, by two threads of this process, and by two plain processes that share nothing,
-which is all that the machine can give. Efficiency is the time of one process over twice the time of two; the loop
-runs before and after, and its mean counts. Each fits into an empty store; workers have read their features before.
+and two worker processes on loopback, and by two threads of this process. Efficiency is the time of one process over
+twice the time of two; the loop runs before and after, and its mean counts. Each fits into an empty store; workers have
+read their features before.
 """
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -124,15 +123,6 @@ def on_dask(client: Client, setting: Setting, job: GridJob) -> float:
     return taken
 
 
-def on_two_processes(setting: Setting, job: GridJob) -> float:
-    """Seconds until two plain processes, each of which takes the next unit when it is free, have fitted all."""
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-        pool.starmap(in_a_loop, [([], job)] * WORKERS, chunksize=1)  # imports and maps
-        started = time.perf_counter()
-        pool.starmap(in_a_loop, [([unit], job) for unit in setting.units], chunksize=1)
-        return time.perf_counter() - started
-
-
 def measured(setting: Setting, folder: Path) -> dict[str, float]:
     """Seconds of each way."""
     taken = {}
@@ -155,7 +145,6 @@ def measured(setting: Setting, folder: Path) -> dict[str, float]:
         for worker in client.scheduler_info()["workers"]:
             client.submit(_features_read, job, workers=[worker], pure=False).result()
         taken["two Dask workers"] = on_dask(client, setting, job)
-    taken["two plain processes"] = on_two_processes(setting, setting.job(folder / "plain", from_store=False))
     with grid_client(setting.sweep.run) as client:
         taken["two threads"] = on_dask(client, setting, setting.job(folder / "threads", from_store=False))
     taken["loop, last"] = in_a_loop(setting.units, setting.job(folder / "last", from_store=False))
@@ -185,7 +174,6 @@ def main() -> None:
         Figure("units of work", len(setting.units)),
         *(Figure(f"seconds, {name}", seconds) for name, seconds in taken.items()),
         Figure("efficiency of two Dask workers", efficiency("two Dask workers"), at_least=LEAST),
-        Figure("efficiency of two plain processes", efficiency("two plain processes")),
         Figure("efficiency of two threads in this process", efficiency("two threads")),
     ]
     for figure in figures:

@@ -25,6 +25,12 @@ from quee_core.errors import ServerError
 from quee_core.redaction import without_secrets
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+# a server on SQLite that writes what it hears of tasks one by one has no room to grant a slot at that very moment: it
+# refuses, and the task asks again two seconds later
+BATCHED = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
 _EPHEMERAL = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
@@ -79,7 +85,8 @@ class OwnServer(SubprocessASGIServer):
         arguments += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.prefect_server", *arguments], env={**os.environ, **_EPHEMERAL, **settings}
+            [sys.executable, "-m", "flows.prefect_server", *arguments],
+            env={**BATCHED, **os.environ, **_EPHEMERAL, **settings},
         )
 
 

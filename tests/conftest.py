@@ -24,6 +24,14 @@ settings.register_profile("quee", deadline=None)  # a busy machine is slow, not 
 settings.load_profile("quee")
 
 
+LONGEST = ("test_chaos", "test_silent_runs", "test_whole_pipeline", "test_retries", "test_deployed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process is still at one of them when the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def small_config(folder: Path, **sections: dict | list) -> SweepConfig:
     """A sweep of seconds: 120 images a split, two bit-widths, two exits, the cheapest calibration."""
     raw = {

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from flows.prefect_server import BATCHED
 from tests.processes import end_with_parent, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,11 +122,15 @@ def prefect_server(folder: Path, version: str | None = None, login: str | None =
     folder.mkdir(parents=True, exist_ok=True)
     [port] = free_ports(1)
     server = PrefectServer(folder, port, login)
-    settings = server.environment | {
-        "PREFECT_HOME": str(folder / "server"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_ENABLED": "false",
-    }
+    settings = (
+        BATCHED
+        | server.environment
+        | {
+            "PREFECT_HOME": str(folder / "server"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_ENABLED": "false",
+        }
+    )
     settings.pop("PREFECT_API_URL")
     command: list[object] = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     if login is not None:

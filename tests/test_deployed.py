@@ -211,6 +211,7 @@ def test_a_server_that_is_of_another_version_or_wants_a_login_is_told_by_each_co
         ["quee", "sweep", tmp_path / "sweep.yaml"],
     )  # fmt: skip
     with prefect_server(tmp_path / "prefect", **kind) as other:
+        other.environment.pop("PREFECT_API_AUTH_STRING", None)
         for command in commands:
             done = other.do(*command)
             assert done.returncode == 2, done.stdout + done.stderr

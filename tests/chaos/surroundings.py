@@ -52,7 +52,7 @@ class Surroundings:
         self.start_dask_workers()
         done = self.prefect.do("python", "-m", "infra.deploy", "--pool", POOL)
         assert done.returncode == 0, done.stdout + done.stderr
-        # on SQLite each task that a limit holds for waits 2 s, which is most of such a sweep
+        # the slot of a killed task comes free when its lease of a minute ends, which is longer than a round
         httpx.delete(f"{self.prefect.url}/v2/concurrency_limits/{GPU_LIMIT}").raise_for_status()
         self.start_worker()
         assert self._warm.stdout is not None
