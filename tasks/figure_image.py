@@ -18,7 +18,7 @@ def write_image(figure: go.Figure, path: FilePath) -> bool:
     if browser is None:
         logger.info("%s is left out: it takes Chromium or Chrome, and there is neither", path.name)
         return False
-    logging.getLogger("choreographer").setLevel(logging.ERROR)  # what goes wrong is told here, in one line
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # what goes wrong is told here, in one line
     try:
         plotly.io.write_image(figure, path, scale=2)
     except Exception as error:  # of the browser's many; the figure is there as HTML

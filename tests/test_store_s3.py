@@ -296,8 +296,10 @@ def test_a_store_on_a_disk_does_without_the_packages_of_s3(tmp_path: Path) -> No
 
 
 def test_a_task_is_tried_again_for_a_store_out_of_reach_and_for_no_other_fault_of_ours() -> None:
-    for error, expected in ((StoreUnreachableError("later"), True), (StoreError("never"), False), (OSError(), True)):
-        assert is_transient(None, None, Failed(data=error)) is expected
+    for error in (StoreUnreachableError("later"), ConnectionResetError(), TimeoutError()):
+        assert is_transient(None, None, Failed(data=error))
+    for error in (StoreError("never"), FileNotFoundError(), ValueError("a bug")):
+        assert not is_transient(None, None, Failed(data=error))
 
 
 @pytest.mark.parametrize(
