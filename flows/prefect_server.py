@@ -7,10 +7,13 @@ minutes for it to take note of the interruption; and it would stay for good if t
 """
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import httpx
 import prefect
 import uvicorn
 from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
@@ -61,6 +65,19 @@ def check_server() -> str:
     except (RuntimeError, httpx.HTTPError, ValueError) as error:
         raise ServerError(f"Prefect server at {place}: {_fault(error)}") from error
     return place
+
+
+@contextmanager
+def done_without(logger: logging.Logger, lacking: str, *faults: type[Exception]) -> Iterator[None]:
+    """Log that something is `lacking` where Prefect's server refuses it, and go on: a sweep of hours is worth more.
+
+    faults: what else is no more than that.
+    """
+    borne: tuple[type[Exception], ...] = (PrefectException, httpx.HTTPError, *faults)
+    try:
+        yield
+    except borne as error:
+        logger.warning("%s: %s", lacking, " ".join(str(error).split())[:200])
 
 
 class OwnServer(SubprocessASGIServer):

@@ -5,15 +5,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import cast
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -21,8 +18,8 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.exceptions import PrefectException
 
+from flows.prefect_server import done_without
 from quee_core.config import SweepConfig
 from quee_core.errors import ServerError
 from quee_core.record import SweepRecord
@@ -31,6 +28,7 @@ from tasks.mlflow_server import run_address
 logger = logging.getLogger("quee.page")
 
 MLFLOW_PAGES = "QUEE_MLFLOW_PAGES"  # variable: where browsers find MLflow, if not at the sweep's run.mlflow_uri
+LACKING = "Prefect's page of the run lacks something"
 INTERVAL = 2.0  # seconds; each update is an event that the server stores
 LEAST_STEP = 1.0  # percent
 
@@ -72,7 +70,7 @@ class RunPage:
         """Add the stage's bar, or empty that of one that broke off."""
         with self._lock:
             artifact = self._broken.pop(stage, None)
-        with _though_the_page_lacks_it():
+        with done_without(logger, LACKING):
             if artifact is None:
                 key = artifact_key(stage)
                 artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=f"{stage}: begun"))
@@ -92,7 +90,7 @@ class RunPage:
             if abs(percent - bar.shown) < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
-        with _though_the_page_lacks_it():
+        with done_without(logger, LACKING):
             update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}")
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
@@ -104,22 +102,13 @@ class RunPage:
         if bar is None:
             return
         percent = 100.0 if whole else bar.percent
-        with _though_the_page_lacks_it():
+        with done_without(logger, LACKING):
             update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
-
-
-@contextmanager
-def _though_the_page_lacks_it() -> Iterator[None]:
-    """Log what Prefect's or MLflow's server refuses, and go on: a sweep of hours is worth more than its page."""
-    try:
-        yield
-    except (PrefectException, httpx.HTTPError, ServerError) as error:
-        logger.warning("Prefect's page of the run lacks something: %s", " ".join(str(error).split())[:200])
 
 
 def show_front(record: SweepRecord, report: Path) -> None:
     """Add the front at each budget as a table, its picture where one was drawn, and a link to the report."""
-    with _though_the_page_lacks_it():
+    with done_without(logger, LACKING):
         create_table_artifact(
             key=artifact_key(f"{record.name}-front"),
             description=f"{record.backbone} on {record.dataset}, n = {record.splits['test']} test images; "
@@ -150,7 +139,7 @@ def show_front(record: SweepRecord, report: Path) -> None:
 
 def show_tracking(sweep: SweepConfig, record: SweepRecord, run: str) -> None:
     """Add a link to the sweep's run in MLflow, where a server shows it."""
-    with _though_the_page_lacks_it():
+    with done_without(logger, LACKING, ServerError):
         if (address := run_address(sweep, record, run, os.environ.get(MLFLOW_PAGES))) is not None:
             create_link_artifact(
                 key=artifact_key(f"{record.name}-mlflow"), link=address, link_text="run in MLflow",

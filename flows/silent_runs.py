@@ -5,11 +5,8 @@ server on that database, of another sweep or of `make ui`, ends the run.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
-import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -25,9 +22,10 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
+
+from flows.prefect_server import done_without
 
 logger = logging.getLogger("quee.silent")
 
@@ -46,13 +44,13 @@ def watch_silence() -> None:
     if beat is None or 2 * beat > SILENCE.total_seconds():
         logger.warning("PREFECT_FLOWS_HEARTBEAT_FREQUENCY is not 30: this run could seem silent, and silence ends none")
         return
-    with _though_the_server_refuses("ends no runs that fall silent"), get_client(sync_client=True) as client:
+    with done_without(logger, "Prefect's server ends no runs that fall silent"), get_client(sync_client=True) as client:
         end_silent_runs(client)
 
 
 def tidy_tasks() -> None:
     """End the tasks that runs without a process have left; the log tells if Prefect's server does not take that."""
-    with _though_the_server_refuses("keeps tasks of ended runs"), get_client(sync_client=True) as client:
+    with done_without(logger, "Prefect's server keeps tasks of ended runs"), get_client(sync_client=True) as client:
         end_left_tasks(client)
 
 
@@ -104,12 +102,3 @@ def end_left_tasks(client: SyncPrefectClient) -> int:
     for run in left:
         client.set_task_run_state(run.id, Crashed(message=GONE), force=True)
     return len(left)
-
-
-@contextmanager
-def _though_the_server_refuses(what: str) -> Iterator[None]:
-    """Log what Prefect's server refuses, and go on: the sweep does without."""
-    try:
-        yield
-    except (PrefectException, httpx.HTTPError) as error:
-        logger.warning("Prefect's server %s: %s", what, " ".join(str(error).split())[:200])

@@ -30,17 +30,15 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
         BIN / "mlflow", "server", "--host", host, "--port", str(mlflow_port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{runs / 'mlflow.db'}", "--artifacts-destination", str(runs / "mlartifacts"),
     ]  # fmt: skip
-    surroundings = (
-        BATCHED
-        | os.environ
-        | {
-            "PREFECT_HOME": str(runs / ".prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_UI_API_URL": f"http://{host}:{prefect_port}/api",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven more processes, which nothing here needs
-            "DO_NOT_TRACK": "true",
-        }
-    )
+    surroundings = {
+        **BATCHED,
+        **os.environ,
+        "PREFECT_HOME": str(runs / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_UI_API_URL": f"http://{host}:{prefect_port}/api",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven more processes, which nothing here needs
+        "DO_NOT_TRACK": "true",
+    }
     surroundings.pop("PREFECT_API_URL", None)
     servers: dict[str, subprocess.Popen[bytes]] = {}
     try:

@@ -132,10 +132,6 @@ class RouterRegistry:
         version = self.client.get_model_version(model.name, now.version)
         return Champion(dataset, model.name, now.version, now.since, now.how, version.run_id, dict(version.tags))
 
-    def standing(self, dataset: str) -> str:
-        """Which version is in service since when, in words that are others after each change."""
-        return _standing(self.model(dataset))
-
     def rivals(self, dataset: str, number: str) -> list[str]:
         """Versions that were put in the place of the same champion as version `number`, since that was registered."""
         versions = {str(each.version): each for each in self.versions(PREFIX + dataset)}
@@ -153,12 +149,14 @@ class RouterRegistry:
     def promote(self, dataset: str, version: str, how: str, standing: str | None = None) -> bool:
         """Put a version in service, and note it and what was there before; whether it was done.
 
-        standing: what must still be so. Between this look and the move, some milliseconds, MLflow holds nobody off.
+        standing: what `standing_of` the champion must still be. Between this look and the move, some milliseconds,
+        MLflow holds nobody off.
         """
         model = self.model(dataset)
-        if standing not in (None, _standing(model)):
+        reigns = history(model)
+        if standing not in (None, standing_of(reigns[-1] if reigns else None)):
             return False
-        self._move(model, version, how, history(model))
+        self._move(model, version, how, reigns)
         return True
 
     def roll_back(self, dataset: str) -> Reign:
@@ -215,9 +213,9 @@ def history(model: RegisteredModel) -> list[Reign]:
     return reigns or [Reign(present, None, "alias set by hand")]
 
 
-def _standing(model: RegisteredModel) -> str:
-    reigns = history(model)
-    return f"version {reigns[-1].version} since {reigns[-1].since}" if reigns else "none"
+def standing_of(champion: Champion | Reign | None) -> str:
+    """Which version is in service since when, in words that are others after each change."""
+    return "none" if champion is None else f"version {champion.version} since {champion.since}"
 
 
 def _noted(model: RegisteredModel) -> Any:

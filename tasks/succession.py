@@ -12,7 +12,7 @@ from quee_core.champion import ServedFront, contest
 from quee_core.errors import DamagedTableError
 from quee_core.redaction import without_secrets
 from tasks.mlflow_server import passes
-from tasks.registry import PREFIX, RouterRegistry
+from tasks.registry import PREFIX, RouterRegistry, standing_of
 from tasks.router_package import FRONT_ARTIFACT
 
 
@@ -23,7 +23,6 @@ def judge(registry: RouterRegistry, uri: str, dataset: str, number: str, own: Se
     """
     overrule = f"`quee champion promote {dataset} {number}`"
     while True:
-        standing = registry.standing(dataset)
         champion = registry.champion(dataset)
         if champion is None:
             how, verdict = "first", "the first router of its data set"
@@ -39,7 +38,7 @@ def judge(registry: RouterRegistry, uri: str, dataset: str, number: str, own: Se
             verdict = f"{how}: {outcome.reason}"
             if not outcome.better:
                 return f"not clearly {verdict}; {overrule} overrules this", True
-        if registry.promote(dataset, number, how, standing):
+        if registry.promote(dataset, number, how, standing_of(champion)):
             break  # else another sweep was faster, and its router is the one to beat
     return verdict + _settled(registry, uri, dataset, number, own), True
 

@@ -4,23 +4,15 @@ import ipaddress
 from contextlib import suppress
 from pathlib import Path
 
+from tests.processes import descendants
+
 LISTEN = "0A"  # a socket's state in /proc/net/tcp
 
 
-def tree(pid: int) -> set[int]:
-    """A process and all that it and its children started, as far as they still have their parents."""
-    found = {pid}
-    with suppress(FileNotFoundError, ProcessLookupError):  # ended in between
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                found |= tree(int(child))
-    return found
-
-
 def listening_addresses(pid: int) -> set[str]:
-    """Addresses, without ports, of every TCP socket that the tree of `pid` listens on."""
+    """Addresses, without ports, of every TCP socket that a process, or one below it, listens on."""
     held = set()
-    for each in tree(pid):
+    for each in (pid, *descendants(pid)):
         with suppress(FileNotFoundError, ProcessLookupError):
             for handle in Path(f"/proc/{each}/fd").iterdir():
                 with suppress(FileNotFoundError):

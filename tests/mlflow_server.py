@@ -65,6 +65,12 @@ class Serving:
                     raise AssertionError(f"no answer at {self._health}: {self._log.read_text()[-3000:]}") from None
                 time.sleep(0.1)
 
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def kill(self) -> None:
         """End it and its workers on the spot, as a crash does."""
         self._end(signal.SIGKILL)
@@ -142,8 +148,5 @@ def encoded(images: list[Image.Image]) -> list[str]:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """One server for all tests of a process; mark those with `xdist_group("mlflow")`, so that one process has them."""
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow")).start()
-    try:
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
         yield server
-    finally:
-        server.stop()

@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -26,3 +27,18 @@ def free_ports(count: int) -> list[int]:
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """In a child: have the kernel send it `number` when its parent ends: killed tests leave no server behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` has started, and those that they have, as far as these still have their parents."""
+    parents: dict[int, list[int]] = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended in between
+            parent = int(place.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(place.parent.name))
+    found, behind = [], [pid]
+    while behind:
+        children = parents.get(behind.pop(), [])
+        found += children
+        behind += children
+    return found

@@ -351,11 +351,8 @@ def imported_at_once(path: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def serving(three: Registered, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    server = ModelServer(f"models:/{MODEL}@{CHAMPION}", three.server.url, tmp_path_factory.mktemp("serve")).start()
-    try:
+    with ModelServer(f"models:/{MODEL}@{CHAMPION}", three.server.url, tmp_path_factory.mktemp("serve")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

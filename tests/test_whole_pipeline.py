@@ -197,11 +197,8 @@ def champion(pipeline: Pipeline) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def serving(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    server = ModelServer(f"models:/{MODEL}@champion", pipeline.mlflow.url, tmp_path_factory.mktemp("serve")).start()
-    try:
+    with ModelServer(f"models:/{MODEL}@champion", pipeline.mlflow.url, tmp_path_factory.mktemp("serve")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def test_the_served_champion_answers_as_the_tables_and_its_rules_say(

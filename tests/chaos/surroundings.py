@@ -15,7 +15,7 @@ from tests.chaos.small_disk import unmount
 from tests.dask_cluster import DaskCluster
 from tests.mlflow_server import MlflowServer
 from tests.prefect_server import BIN, ROOT, PrefectServer, prefect_server, running
-from tests.processes import end_with_parent
+from tests.processes import descendants, end_with_parent
 from tests.s3_server import S3Server
 
 POOL = "chaos"
@@ -79,16 +79,12 @@ class Surroundings:
 
     def kill_flows_of_worker(self) -> None:
         """SIGKILL to all that Prefect's worker has started."""
-        for pid in _descendants(self._worker_pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(descendants(self._worker_pid))
 
     def kill_worker_and_flows(self) -> None:
         """SIGKILL to both at once, so that nobody is left to tell the server."""
-        flows = _descendants(self._worker_pid)
-        for pid in (self._worker_pid, *flows):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        flows = descendants(self._worker_pid)
+        _kill([self._worker_pid, *flows])
 
     # Dask's workers
 
@@ -105,9 +101,7 @@ class Surroundings:
         if nanny_too:
             worker.kill()
             return
-        for pid in _descendants(worker.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(descendants(worker.pid))
 
     def close(self) -> None:
         """End all but the servers."""
@@ -118,19 +112,10 @@ class Surroundings:
             unmount(folder)
 
 
-def _descendants(pid: int) -> list[int]:
-    """Processes that `pid` has started, and those that they have."""
-    parents: dict[int, list[int]] = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # ended in between
-            parent = int(place.read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(place.parent.name))
-    found, behind = [], [pid]
-    while behind:
-        children = parents.get(behind.pop(), [])
-        found += children
-        behind += children
-    return found
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
