@@ -62,6 +62,7 @@ def cluster_client(run: RunConfig) -> Iterator[Client]:
         client = Client(run.dask, security=security, timeout=run.dask_timeout, name="quee", set_as_default=False)
     except (OSError, ValueError, ImportError) as error:  # the last where it speaks another version of Dask's protocol
         raise _unreachable(run, error) from None
+    say_no_lost_timeout(client)
     try:
         yield client
     finally:
@@ -143,9 +144,27 @@ def _threads_here(threads: int) -> Iterator[Client]:
             ) as cluster,
             Client(cluster) as client,
         ):
+            say_no_lost_timeout(client)
             yield client
     finally:
         torch.set_num_threads(before)
+
+
+def say_no_lost_timeout(client: Client) -> None:
+    """Log nothing of a timeout that Dask no longer awaits; without this it reads as an error of a sweep that went well.
+
+    Dask's senders wait for the next message or some milliseconds; a loop that ends just then has nobody to take the
+    timeout, which asyncio reports when the future is collected. Any other exception of the loop is reported as before.
+    """
+
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not ("future" in context and isinstance(context.get("exception"), TimeoutError)):
+            loop.default_exception_handler(context)
+
+    async def listen() -> None:
+        asyncio.get_running_loop().set_exception_handler(report)
+
+    client.sync(listen)
 
 
 async def _knock(address: str, security: Security, timeout: float) -> None:

@@ -71,8 +71,12 @@ class DaskCluster:
     @property
     def address(self) -> str:
         """tcp://127.0.0.1:PORT, once the scheduler listens."""
-        wait_until(self._file.exists, f"no scheduler: {self.scheduler.said}")
+        wait_until(self._told, f"no scheduler: {self.scheduler.said}")
         return str(json.loads(self._file.read_text())["address"])
+
+    def _told(self) -> bool:
+        """Whether the scheduler has written the file with its address to the end."""
+        return self._file.exists() and self._file.read_text().endswith("}")
 
     def restart(self) -> None:
         """Start scheduler and workers anew, at the same address and by the same names, after the scheduler's end."""
