@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from flows.display import SweepDisplay
 from flows.prefect_server import OwnServer, check_server, named_server
 from flows.run_page import RunPage, show_front, show_tracking
+from flows.server_watch import ending_without_server
 from flows.silent_runs import TAG, tidy_tasks, watch_silence
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
@@ -53,7 +54,7 @@ _checked: ContextVar[SweepConfig | None] = ContextVar("quee_checked_sweep", defa
 def full_sweep(sweep: SweepConfig = SweepConfig()) -> str:  # noqa: B008 (the deployment's form shows it)
     """Fill the store with what it lacks, fit the grid, evaluate, report, track, register; returns the report's path."""
     tidy_tasks()
-    with on_the_run_page():
+    with on_the_run_page(), nullcontext() if _checked.get() == sweep else ending_without_server():
         return str(swept(sweep, sweep.run.runs / sweep.name))
 
 
@@ -125,7 +126,7 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
     else:
         check_server()
     watch_silence()
-    with SweepDisplay(console) as display, listening(display), prefect_faults(), tags(TAG):
+    with ending_without_server(), SweepDisplay(console) as display, listening(display), prefect_faults(), tags(TAG):
         token = _checked.set(sweep)
         try:
             report = Path(full_sweep(sweep))

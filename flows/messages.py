@@ -17,6 +17,7 @@ R = TypeVar("R")
 
 _CONTINUES = "what is finished is in the store; the same command continues"
 _RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+_INSISTENT_LOGGERS = ("prefect.events",)  # say the same of every event that a server does not take
 
 
 class Terminated(BaseException):
@@ -27,12 +28,14 @@ class Messages(logging.Handler):
     """Log records as lines on stderr.
 
     Unless `verbose`, without those by which Prefect tells that a run failed or was stopped: it does so once for the
-    task and once for the flow, with tracebacks, and the command ends by saying it in one line.
+    task and once for the flow, with tracebacks, and the command ends by saying it in one line. What is the matter with
+    the events that it sends is told once.
     """
 
     def __init__(self, *, verbose: bool) -> None:
         super().__init__(logging.INFO if verbose else logging.WARNING)  # some libraries set their loggers to more
         self._verbose = verbose
+        self._told: set[str] = set()
         self.setFormatter(
             logging.Formatter(
                 "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"
@@ -41,8 +44,16 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, to the stderr of the moment: a progress display may stand between."""
-        if self._verbose or not _is_told_at_the_end(record):
+        if self._verbose or not (_is_told_at_the_end(record) or self._was_told(record)):
             typer.echo(self.format(record), err=True)
+
+    def _was_told(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(_INSISTENT_LOGGERS):
+            return False
+        text = record.getMessage()
+        told = text in self._told
+        self._told.add(text)
+        return told
 
 
 def log_to_stderr(*, verbose: bool) -> None:
@@ -62,17 +73,21 @@ def reporting_faults(command: Callable[P, R]) -> Callable[P, R]:
         try:
             with _raising_on_sigterm():
                 return command(*args, **kwargs)
-        except QueeError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.secho(f"interrupted: {_CONTINUES}", err=True)
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except Terminated:
-            typer.secho(f"terminated: {_CONTINUES}", err=True)
-            raise typer.Exit(128 + signal.SIGTERM) from None
+        except (QueeError, KeyboardInterrupt, Terminated) as error:
+            line, code = farewell(error)
+            typer.secho(line, fg="red" if isinstance(error, QueeError) else None, err=True)
+            raise typer.Exit(code) from None
 
     return wrapped
+
+
+def farewell(error: BaseException) -> tuple[str, int]:
+    """The line by which a command ends for a fault of the user's, or since it was told to, and its exit code."""
+    if isinstance(error, QueeError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted: {_CONTINUES}", 128 + signal.SIGINT
+    return f"terminated: {_CONTINUES}", 128 + signal.SIGTERM
 
 
 @contextmanager

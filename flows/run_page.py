@@ -2,15 +2,18 @@
 
 import base64
 import logging
+import math
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import cast
+from typing import TypeVar, cast
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -18,6 +21,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.prefect_server import done_without
 from quee_core.config import SweepConfig
@@ -31,6 +35,10 @@ MLFLOW_PAGES = "QUEE_MLFLOW_PAGES"  # variable: where browsers find MLflow, if n
 LACKING = "Prefect's page of the run lacks something"
 INTERVAL = 2.0  # seconds; each update is an event that the server stores
 LEAST_STEP = 1.0  # percent
+RETRIES = 2  # some six seconds; Prefect's own patience of a minute is for what a run cannot do without
+PAUSE = 60.0  # seconds without updates once the server was found away
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,19 +73,23 @@ class RunPage:
         self._bars: dict[str, _Bar] = {}
         self._broken: dict[str, UUID] = {}  # artifacts of stages that ended without being whole, and may begin again
         self._lock = Lock()
+        self._resumes = -math.inf  # on the monotonic clock, once the server was found away
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Add the stage's bar, or empty that of one that broke off."""
         with self._lock:
             artifact = self._broken.pop(stage, None)
-        with done_without(logger, LACKING):
+
+        def tell() -> UUID:
             if artifact is None:
                 key = artifact_key(stage)
-                artifact = cast(UUID, create_progress_artifact(0.0, key=key, description=f"{stage}: begun"))
-            else:
-                update_progress_artifact(artifact, progress=0.0, description=f"{stage}: begun again")
+                return cast(UUID, create_progress_artifact(0.0, key=key, description=f"{stage}: begun"))
+            update_progress_artifact(artifact, progress=0.0, description=f"{stage}: begun again")
+            return artifact
+
+        if (shown := self._told(tell)) is not None:
             with self._lock:
-                self._bars[stage] = _Bar(artifact, total, unit, time.monotonic())
+                self._bars[stage] = _Bar(shown, total, unit, time.monotonic())
 
     def advance(self, stage: str, steps: int) -> None:
         """Move it, where enough has passed since the last time."""
@@ -90,8 +102,8 @@ class RunPage:
             if abs(percent - bar.shown) < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
-        with done_without(logger, LACKING):
-            update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}")
+        told = f"{stage}: {bar.describe()}"
+        self._told(lambda: update_progress_artifact(bar.artifact, progress=percent, description=told))
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
         """Say how the stage ended, and fill its bar if it is `whole`."""
@@ -102,8 +114,20 @@ class RunPage:
         if bar is None:
             return
         percent = 100.0 if whole else bar.percent
-        with done_without(logger, LACKING):
-            update_progress_artifact(bar.artifact, progress=percent, description=f"{stage}: {bar.describe()}; {note}")
+        told = f"{stage}: {bar.describe()}; {note}"
+        self._told(lambda: update_progress_artifact(bar.artifact, progress=percent, description=told))
+
+    def _told(self, tell: Callable[[], T]) -> T | None:
+        """What `tell` returns; None where the server does not take it, or was away a moment ago."""
+        if time.monotonic() < self._resumes:
+            return None
+        with done_without(logger, LACKING), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
+            try:
+                return tell()
+            except httpx.TransportError:
+                self._resumes = time.monotonic() + PAUSE
+                raise
+        return None
 
 
 def show_front(record: SweepRecord, report: Path) -> None:

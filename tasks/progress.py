@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Event, Lock
+from threading import Lock
 from typing import Protocol
 
 from quee_core.errors import QueeError
@@ -35,7 +35,7 @@ class Stopped(BaseException):
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("quee_progress_listeners", default=())
-_interrupted = Event()
+_interruptions: list[BaseException] = []  # of the stage that runs: what its threads are to end for
 
 
 @contextmanager
@@ -50,10 +50,15 @@ def listening(listener: Listener) -> Iterator[None]:
 
 def advance(stage: str, steps: int) -> None:
     """Tell the listeners that `steps` more of `stage` are done. Raises Stopped once the sweep is interrupted."""
-    if _interrupted.is_set():
+    if _interruptions:
         raise Stopped
     for listener in _listeners.get():
         listener.advance(stage, steps)
+
+
+def interruption() -> BaseException | None:
+    """What the last stage was interrupted by; None if it was not."""
+    return _interruptions[0] if _interruptions else None
 
 
 @dataclass
@@ -93,7 +98,7 @@ def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time
     An interruption reaches the main thread alone; it is passed on to those that work for the stage, which would else
     walk through the images to the end of their shard.
     """
-    _interrupted.clear()
+    _interruptions.clear()
     listeners = _listeners.get()
     logger.info("%s: %d %s", name, total, unit)
     for listener in listeners:
@@ -105,7 +110,7 @@ def stage(name: str, total: int, unit: str, *, clock: Callable[[], float] = time
         note, whole = f"{work.computed} computed, {work.reused} from the store", True
     except BaseException as error:
         if not isinstance(error, Exception):
-            _interrupted.set()
+            _interruptions.append(error)
             note = "stopped"
         elif isinstance(error, QueeError) and error.passes:
             note = "broken off"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -109,8 +109,11 @@ class SweepProcess:
     So are the processes that it started, which are known by a variable of their environment.
     """
 
-    def __init__(self, folder: Path, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, before: Callable[[], None] = lambda: None, command: Sequence[object] = (QUEE,)
+    ) -> None:
         self.folder = folder
+        self._command = [*map(str, command), "sweep", "sweep.yaml"]
         self._before = before
         self._lines: list[str] = []
 
@@ -121,7 +124,7 @@ class SweepProcess:
             self._before()
 
         self._process = subprocess.Popen(
-            [QUEE, "sweep", "sweep.yaml"], cwd=self.folder, env=os.environ | {"QUEE_TEST": str(self.folder)}, text=True,
+            self._command, cwd=self.folder, env=os.environ | {"QUEE_TEST": str(self.folder)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=prepare,
         )  # fmt: skip
         assert self._process.stdout is not None

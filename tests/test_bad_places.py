@@ -7,6 +7,7 @@ import hashlib
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from quee_core.record import SweepRecord
 from quee_core.runs import read_record, write_record
 from quee_core.store import Manifest
 from tasks.grid_cluster import check_cluster
+from tests.prefect_server import prefect_server
 from tests.quee_command import (
     CELLS,
     SweepProcess,
@@ -319,3 +321,33 @@ def test_a_sweep_that_is_killed_continues(tmp_path: Path) -> None:
         ended, output = sweep.ended()
     assert ended == -signal.SIGKILL, output
     assert_the_same_command_continues(tmp_path, most=3 * CELLS)
+
+
+@pytest.mark.parametrize("asked_to_end", [False, True])
+def test_a_sweep_whose_prefect_server_goes_away_ends_by_one_line_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_to_end: bool
+) -> None:
+    """By itself after a while, or when asked to; Prefect would be asked in vain for minutes, and keep the process."""
+    write_sweep(tmp_path, run={"shard_images": 10, "batch": 5})
+    impatient = (
+        "from flows import cli; cli.quiet_surroundings(False); "
+        "from flows import server_watch; server_watch.AWAY = 20; cli.main()"
+    )
+    with monkeypatch.context() as patch, prefect_server(tmp_path / "prefect") as server:
+        for name in ("PREFECT_API_URL", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"):
+            patch.setenv(name, server.environment[name])
+        with SweepProcess(tmp_path, command=(sys.executable, "-c", impatient)) as sweep:
+            sweep.wait_for_tables(3)
+            server.kill()
+            if asked_to_end:
+                sweep.send(signal.SIGTERM)
+            code, output = sweep.ended()
+    *_, last = output.splitlines()
+    if asked_to_end:
+        assert (code, last) == (143, f"terminated: {FINISHED_IS_KEPT}")
+    else:
+        assert code == 2, output
+        assert only_error(output).startswith(f"Prefect's server at {server.url} has not answered for 2")
+    assert "Traceback" not in output
+    assert output.count("Unable to connect to") <= 1, output
+    assert_the_same_command_continues(tmp_path, most=6 * CELLS)
