@@ -31,6 +31,7 @@ from tasks.calibrate import calibrate, train_heads
 from tasks.evaluate import evaluate, write_report
 from tasks.extract import CELLS, STAGE, extract
 from tasks.grid_cluster import check_cluster
+from tasks.mlflow_server import check_artifacts
 from tasks.predict_grid import predict_grid
 from tasks.progress import listening, stage
 from tasks.register import register
@@ -136,11 +137,12 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
 
 
 def check_places(sweep: SweepConfig) -> None:
-    """See that data, device, store, runs folder and Dask's cluster are what the sweep takes them for."""
+    """See that data, device, store, the places of runs and artifacts, and Dask's cluster are what the sweep wants."""
     plan_of(sweep)
     device_of(sweep)
     store_of(sweep).check_room(STORE_ROOM)
     check_room(sweep.run.runs, RUNS_ROOM)
+    check_artifacts(sweep)
     check_cluster(sweep.run)
 
 

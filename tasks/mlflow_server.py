@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -17,8 +18,10 @@ from quee_core.errors import ServerError, ServerUnreachableError
 from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
 from quee_core.s3_place import may_pass
+from quee_core.whole_files import check_room
 
 DATABASE = "mlflow.db"
+ARTIFACTS_ROOM = 16_000_000  # bytes of a sweep's figures and router
 # MLflow reads them from the environment alone; the first prints a line, and asks the server, for each run that ends
 _QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
@@ -44,6 +47,21 @@ def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
     root = sweep.run.runs.resolve()
     root.mkdir(parents=True, exist_ok=True)
     return database_uri(root), artifacts or (root / "mlartifacts").as_uri()
+
+
+def check_artifacts(sweep: SweepConfig) -> None:
+    """See that `run.artifacts`, where the sweep has one, can be used: MLflow needs it hours after the start.
+
+    Raises ServerError for a URL that MLflow cannot list, StoreError for a folder that cannot be written.
+    """
+    asked = sweep.run.artifacts
+    if asked is None:
+        return
+    if "://" not in asked:
+        check_room(FilePath(asked), ARTIFACTS_ROOM)
+        return
+    with mlflow_faults(asked, "correct run.artifacts, or make that place"):
+        get_artifact_repository(asked).list_artifacts()
 
 
 def database_uri(runs: FilePath) -> str:

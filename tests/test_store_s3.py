@@ -355,6 +355,11 @@ def test_every_address_of_a_sweep_in_a_bucket_that_is_not_there_is_told(s3_serve
     )
     with pytest.raises(StoreError, match="backbones: cannot be read: there is no such bucket"):
         read_shelf("s3://no-such-bucket/backbones")
+    write_sweep(tmp_path, run={"artifacts": "s3://no-such-bucket/figures"})
+    told = refused(tmp_path, "sweep", "sweep.yaml")
+    assert told.startswith("MLflow at s3://no-such-bucket/figures: ")
+    assert "bucket does not exist; correct run.artifacts, or make that place" in told
+    assert not list((tmp_path / "store").glob("backbone=*"))  # before anything was computed
 
 
 # Whole or absent
