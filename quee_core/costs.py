@@ -32,10 +32,10 @@ _WITHOUT_PRODUCTS = frozenset(
     f"aten.{name}"
     for name in (
         "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_safe_softmax", "_softmax", "_to_copy",
-        "_unsafe_view", "adaptive_avg_pool2d", "add", "add_", "avg_pool2d", "cat", "clone", "constant_pad_nd", "copy_",
-        "div", "div_", "empty", "exp", "gelu", "max_pool2d_with_indices", "mean", "mul", "mul_", "native_batch_norm",
-        "native_group_norm", "native_layer_norm", "pow", "relu", "relu_", "rsqrt", "sigmoid", "silu", "stack", "sub",
-        "sum", "tanh",
+        "_unsafe_view", "adaptive_avg_pool2d", "add", "add_", "avg_pool2d", "cat", "clone", "constant_pad_nd",
+        "copy_", "div", "div_", "empty", "exp", "gelu", "im2col", "max_pool2d_with_indices", "mean", "mul", "mul_",
+        "native_batch_norm", "native_group_norm", "native_layer_norm", "pow", "relu", "relu_", "rsqrt", "sigmoid",
+        "silu", "stack", "sub", "sum", "tanh",
     )
 )  # fmt: skip
 

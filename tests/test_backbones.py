@@ -59,6 +59,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "attention pooling, a register but no class token": ("test_vit3", {"img_size": 64, "dynamic_img_size": False}, 1),
     "micro vit": ("micro_vit", {}, 1),
+    "t2t: performer stem": ("t2t_vit_7", {"img_size": 32, "depth": 3, "num_classes": 5}, 1),
+    "t2t: transformer stem": ("t2t_vit_t_14", {"img_size": 32, "depth": 2, "num_classes": 5}, 1),
 }
 
 

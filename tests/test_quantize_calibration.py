@@ -44,7 +44,7 @@ def moved(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        elif "embed" not in name:
+        elif "embed" not in name and parameter.requires_grad:  # random features are what they are
             parameter.data *= 2
     for name, buffer in model.named_buffers():
         if name.endswith("running_var"):
@@ -170,6 +170,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_small_patch14_dinov2": {"dynamic_img_size": False, "num_classes": 0, "init_values": 0.5},
     "vit_small_patch14_reg4_dinov2": {"dynamic_img_size": False, "num_classes": 0, "init_values": 0.5},
     "vit_medium_patch16_reg1_gap_256": {"qk_norm": True, "norm_layer": nn.LayerNorm},
+    "t2t_vit_14": {"embed_dim": 64, "num_heads": 1},
 }
 
 

@@ -38,7 +38,28 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     is_pickle = path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80")
     content = _read_pickle(path) if is_pickle else _read_safetensors(path)
-    return _state_dict(content, path)
+    return state_dict_of(content, path)
+
+
+def state_dict_of(content: object, source: object) -> dict[str, Tensor]:
+    """The state dict in what a weights file holds, unwrapped and without prefixes as `read_checkpoint` says.
+
+    source: what errors name. Raises CheckpointError if there is none.
+    """
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{source}: holds no state dict; want tensors by parameter name")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{source}: holds no state dict: {name!r} is a {type(value).__name__}; want tensors by parameter name"
+            )
+    state = dict(content)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -115,23 +136,6 @@ def _read_pickle(path: Path) -> object:
     except Exception as error:  # damage makes the unpickler trip over its own stack, in any way that Python knows
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged, cut short, or not a torch checkpoint ({reason})") from error
-
-
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: holds no state dict; want tensors by parameter name")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: holds no state dict: {name!r} is a {type(value).__name__}; want tensors by parameter name"
-            )
-    state = dict(content)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def _head_fault(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

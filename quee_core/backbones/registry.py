@@ -14,6 +14,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+import quee_core.backbones.t2t_vit  # noqa: F401 (tells timm of its models)
 from quee_core.backbones.checkpoints import load_weights, read_checkpoint, weights_fingerprint, without_head
 from quee_core.backbones.micro_vit import micro_vit
 from quee_core.backbones.segmented import (
@@ -27,8 +28,8 @@ from quee_core.errors import BackboneError, CheckpointError, did_you_mean
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "micro_vit"
 
-# timm's source modules all of whose models are instances of VisionTransformer
-_TIMM_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
+# source modules of what timm knows, all of whose models are instances of VisionTransformer
+_TIMM_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "t2t_vit")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_TIMEOUT = 10.0  # seconds
 

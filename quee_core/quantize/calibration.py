@@ -17,12 +17,20 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from quee_core.archive import Arrays, pack, unpack
 from quee_core.backbones.micro_vit import ConvStem
 from quee_core.backbones.segmented import DistilledOutput, Output, SegmentedBackbone
+from quee_core.backbones.t2t_vit import PerformerTokens
 from quee_core.errors import DamagedTableError, NumericError, QuantizationError, ShapeMismatchError
 from quee_core.fingerprints import array_fingerprint, fingerprint
 from quee_core.paths import BIT_WIDTHS, FULL_PRECISION
 from quee_core.quantize.capture import capture
 from quee_core.quantize.layers import InParts, QuantAttention, QuantConv2d, QuantLinear, steady
 from quee_core.quantize.methods import AttentionQuantizers, LinearQuantizers, LinearSamples, QuantMethod, quant_method
+from quee_core.quantize.performer import (
+    PerformerQuantizers,
+    PerformerSamples,
+    QuantPerformer,
+    performer_quantizers,
+    performer_rows,
+)
 from quee_core.quantize.quantizers import from_settings, to_settings
 
 KIND = "calibration"
@@ -33,7 +41,9 @@ _TRANSPARENT = (
     ParallelThingsBlock, ResPostBlock, SwiGLU,
 )  # fmt: skip
 
-LayerQuantizers = LinearQuantizers | AttentionQuantizers
+_DIRECTIONS = "w"  # the random features of a performer, which multiply as a linear layer's weight does
+
+LayerQuantizers = LinearQuantizers | AttentionQuantizers | PerformerQuantizers
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,13 +175,19 @@ def calibrate(
     widths = sorted({*inner, edge_bits, stem_bits} - {FULL_PRECISION})
     layers: dict[int, dict[str, LayerQuantizers]] = {width: {} for width in widths}
     stem = _folded(backbone.stem)
-    behind_first = [*_quantizable(stem, "stem")][1:]
+    in_stem = _quantizable(stem, "stem")
+    first = next((name for name, part in in_stem.items() if isinstance(part, nn.Linear | nn.Conv2d)), None)
+    behind_first = in_stem.keys() - {first}
     with torch.inference_mode():
         for name, layer, samples in capture(backbone, stem, given, _quantizable):
             edge = stem_bits if name in behind_first else edge_bits
             for width in inner if name.startswith("blocks.") else {edge} - {FULL_PRECISION}:
                 if isinstance(samples, LinearSamples):
                     layers[width][name] = _linear_quantizers(layer, samples, width, chosen)
+                elif isinstance(samples, PerformerSamples):
+                    rows = performer_rows(samples)
+                    layers[width][f"{name}.{_DIRECTIONS}"] = chosen.linear(samples.directions, rows, width)
+                    layers[width][name] = performer_quantizers(samples, width)
                 else:
                     layers[width][name] = chosen.attention(samples, width)
     return Calibration(method, edge_bits, stem_bits, len(given), layers)
@@ -255,7 +271,7 @@ def _quantizable(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, part in module.named_modules(prefix=prefix):
         where = f"{name}: a {type(part).__name__} that cannot be quantised"
-        if type(part) is nn.Linear or isinstance(part, Attention):
+        if type(part) is nn.Linear or isinstance(part, Attention | PerformerTokens):
             found[name] = part
         elif type(part) is nn.Conv2d:
             if part.groups != 1 or part.padding_mode != "zeros" or part.padding == "same":
@@ -299,11 +315,13 @@ def _quantized(module: nn.Module, prefix: str, found: Mapping[str, LayerQuantize
     replaced: dict[str, nn.Module] = {
         name: kept for name, part in module.named_modules(prefix=prefix) if (kept := steady(part)) is not None
     }
-    attentions: dict[str, Attention] = {}
+    products: dict[str, Attention | PerformerTokens] = {}
     for name, part in _quantizable(module, prefix).items():
         quantizers = found.get(name)
-        if isinstance(part, Attention) and isinstance(quantizers, AttentionQuantizers):
-            attentions[name] = part
+        if (isinstance(part, Attention) and isinstance(quantizers, AttentionQuantizers)) or (
+            isinstance(part, PerformerTokens) and isinstance(quantizers, PerformerQuantizers)
+        ):
+            products[name] = part
         elif isinstance(part, nn.Linear) and isinstance(quantizers, LinearQuantizers):
             replaced[name] = _quantized_linear(part, quantizers, name)
         elif isinstance(part, nn.Conv2d) and isinstance(quantizers, LinearQuantizers):
@@ -312,9 +330,13 @@ def _quantized(module: nn.Module, prefix: str, found: Mapping[str, LayerQuantize
             replaced[name] = QuantConv2d(part, weight, quantizers.scale, quantizers.correction, quantizers.inputs)
         else:
             raise QuantizationError(f"calibration: no quantisers for {name}; it was made for another backbone")
-    for name, attention in attentions.items():
-        inner = _replaced(attention, name, replaced)
-        replaced[name] = QuantAttention(inner, found[name])  # type: ignore[arg-type]
+    for name, part in products.items():
+        inner = _replaced(part, name, replaced)
+        if isinstance(part, PerformerTokens):
+            directions = _quantized_directions(part, found.get(f"{name}.{_DIRECTIONS}"), name)
+            replaced[name] = QuantPerformer(inner, directions, found[name])  # type: ignore[arg-type]
+        else:
+            replaced[name] = QuantAttention(inner, found[name])  # type: ignore[arg-type]
     return _replaced(module, prefix, replaced)
 
 
@@ -324,6 +346,15 @@ def _quantized_linear(linear: nn.Linear, found: LinearQuantizers, name: str = "a
     if linear.bias is not None:
         bias = bias + linear.bias.detach().float()
     return QuantLinear(found.integers, found.scale, bias, found.inputs).to(linear.weight.device)
+
+
+def _quantized_directions(layer: PerformerTokens, found: LayerQuantizers | None, name: str) -> QuantLinear:
+    if not isinstance(found, LinearQuantizers):
+        raise QuantizationError(
+            f"calibration: no quantisers for {name}.{_DIRECTIONS}; it was made for another backbone"
+        )
+    _check_shape(found, layer.w, f"{name}.{_DIRECTIONS}")
+    return QuantLinear(found.integers, found.scale, found.correction, found.inputs).to(layer.w.device)
 
 
 def _check_shape(found: LinearQuantizers, weight: Tensor, name: str) -> None:
@@ -350,7 +381,7 @@ def _to_plain(found: Mapping[str, LayerQuantizers]) -> tuple[Arrays, dict[str, A
 def _from_plain(arrays: Arrays, name: str, made: Mapping[str, Any]) -> LayerQuantizers:
     quantizers = {operand: from_settings(settings) for operand, settings in made.items()}
     if f"{name}/integers" not in arrays:
-        return AttentionQuantizers(**quantizers)
+        return PerformerQuantizers(**quantizers) if "context" in quantizers else AttentionQuantizers(**quantizers)
     integers, scale, correction = (
         torch.from_numpy(arrays[f"{name}/{part}"].copy()) for part in ("integers", "scale", "correction")
     )

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quee_core.backbones.segmented import SegmentedBackbone
+from quee_core.backbones.t2t_vit import TOKEN_WIDTH, PerformerTokens
 from quee_core.errors import NumericError
 from quee_core.quantize.methods import AttentionSamples, LinearSamples
+from quee_core.quantize.performer import PerformerSamples
 
 KEPT_ROWS = 8192  # of each linear layer's inputs, out of all tokens of all images
 KEPT_IMAGES = 16  # whose attention is kept of each layer
 KEPT_SCORES = 2**18  # attention weights among them at most; where all would be more, evenly spaced queries are kept
 TOGETHER = 32  # images that run at a time
 
-Samples = LinearSamples | AttentionSamples
-Layers = Mapping[str, nn.Module]  # nn.Linear, nn.Conv2d and Attention by name
+Samples = LinearSamples | AttentionSamples | PerformerSamples
+Layers = Mapping[str, nn.Module]  # nn.Linear, nn.Conv2d, Attention and PerformerTokens by name
 
 
 @dataclass(slots=True)
@@ -71,6 +73,9 @@ def _run(piece: nn.Module, layers: Layers, values: Tensor) -> tuple[Tensor, dict
             if isinstance(layer, Attention):
                 hook, gather[name] = _attention_hook(name, layer)
                 handle = layer.qkv.register_forward_hook(hook)
+            elif isinstance(layer, PerformerTokens):
+                hook, gather[name] = _performer_hook(name, layer)
+                handle = layer.kqv.register_forward_hook(hook)
             else:
                 before, gather[name] = _linear_hook(name, len(values), generator)
                 handle = layer.register_forward_pre_hook(before)
@@ -122,5 +127,23 @@ def _attention_hook(
         query, key, value = (torch.cat(seen.kept) for seen in operands.values())
         ranges = {operand: (seen.low, seen.high) for operand, seen in operands.items()}
         return AttentionSamples(query, key, value, attention.scale, ranges)
+
+    return hook, samples
+
+
+def _performer_hook(
+    name: str, layer: PerformerTokens
+) -> tuple[Callable[[nn.Module, object, Tensor], None], Callable[[], Samples]]:
+    operands = {"keys": _Seen(), "queries": _Seen(), "values": _Seen()}
+
+    def hook(_layer: nn.Module, _given: object, output: Tensor) -> None:
+        room = max(KEPT_IMAGES - sum(map(len, operands["keys"].kept)), 0)
+        for (operand, seen), values in zip(operands.items(), output.float().split(TOKEN_WIDTH, dim=-1), strict=True):
+            seen.add(values, values[:room], f"{name} ({operand})")
+
+    def samples() -> Samples:
+        keys, queries, values = (torch.cat(seen.kept) for seen in operands.values())
+        seen = operands["values"]
+        return PerformerSamples(keys, queries, values, layer.w.detach().float(), (seen.low, seen.high))
 
     return hook, samples

@@ -20,6 +20,7 @@ from timm.layers.activations import GELU, Swish
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quee_core.backbones.t2t_vit import TokenAttention
 from quee_core.errors import QuantizationError
 from quee_core.quantize.methods import AttentionQuantizers
 from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, Uniform, to_float32
@@ -149,6 +150,7 @@ class QuantAttention(nn.Module):
         self.q_norm: nn.Module = attention.q_norm
         self.k_norm: nn.Module = attention.k_norm
         self.norm: nn.Module = attention.norm
+        self.adds_values = isinstance(attention, TokenAttention)
         self.query, self.key, self.value = query, key, value = quantizers.query, quantizers.key, quantizers.value
         self.weights = quantizers.weights
         self.score_scale = to_float32(query.scale * key.scale * attention.scale)
@@ -177,7 +179,7 @@ class QuantAttention(nn.Module):
         if self.gate is not None:
             normed = normed * _sigmoid(self.gate(x))
         projected: Tensor = self.proj(normed)
-        return projected
+        return projected.add_(values.transpose(1, 2).flatten(2)) if self.adds_values else projected
 
     def _weighted(self, attention: Tensor, values: Tensor) -> Tensor:
         # a row of softmax sums to 1, and no integer is more than twice its value in steps of the scale, plus 1

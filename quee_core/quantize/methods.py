@@ -150,19 +150,19 @@ class LeastOutputError:
 
         def error_of(q: Tensor, k: Tensor) -> float:
             found = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * samples.scale, dim=-1)
-            return _mean_square(torch.bmm(found, value) - wanted)
+            return mean_square(torch.bmm(found, value) - wanted)
 
-        chosen_query = _best_range(samples.ranges["query"], bits, lambda c: error_of(real(c, query), key))
+        chosen_query = best_range(samples.ranges["query"], bits, lambda c: error_of(real(c, query), key))
         given_query = real(chosen_query, query)
-        chosen_key = _best_range(samples.ranges["key"], bits, lambda c: error_of(given_query, real(c, key)))
+        chosen_key = best_range(samples.ranges["key"], bits, lambda c: error_of(given_query, real(c, key)))
         given_key = real(chosen_key, key)
         given = torch.softmax(torch.bmm(given_query, given_key.transpose(1, 2)) * samples.scale, dim=-1)
-        chosen_weights = _least(
-            _softmax_quantizers(bits), lambda c: _mean_square(torch.bmm(real(c, given), value) - wanted)
+        chosen_weights = least(
+            softmax_quantizers(bits), lambda c: mean_square(torch.bmm(real(c, given), value) - wanted)
         )
         given = real(chosen_weights, given)
-        chosen_value = _best_range(
-            samples.ranges["value"], bits, lambda c: _mean_square(torch.bmm(given, real(c, value)) - wanted)
+        chosen_value = best_range(
+            samples.ranges["value"], bits, lambda c: mean_square(torch.bmm(given, real(c, value)) - wanted)
         )
         return AttentionQuantizers(chosen_query, chosen_key, chosen_value, chosen_weights)
 
@@ -177,12 +177,12 @@ class LeastOutputError:
             after = wrong @ through
             return float(after.mul_(after if narrows else wrong).sum())
 
-        best = _best_range((samples.low, samples.high), bits, error)
+        best = best_range((samples.low, samples.high), bits, error)
         if -samples.high / 4 < samples.low < 0:  # as behind a GELU
             # an exact float32 product is worth more than the last bit of error
             sums = _clipped_grid(weight, bits, 0.75, odd=False).integers(weight).abs().sum(dim=1).max()
             twins = [twin for twin in _two_sided(samples, bits) if twin.largest * float(sums) <= EXACT]
-            best = _least([best, *twins], error)
+            best = least([best, *twins], error)
         return best
 
 
@@ -259,28 +259,33 @@ def _clipped_grid(weight: Tensor, bits: int, clip: float, *, odd: bool) -> Weigh
     return WeightGrid(scale, bits, odd)
 
 
-def _best_range(seen: tuple[float, float], bits: int, error: Error) -> ActivationQuantizer:
-    """Clip both ends alike, then, at fewer than `MANY_BITS`, each by itself."""
+def best_range(seen: tuple[float, float], bits: int, error: Error) -> ActivationQuantizer:
+    """Evenly spaced levels of least `error` over a range `seen`.
+
+    Both ends are clipped alike, then, at fewer than `MANY_BITS`, each by itself.
+    """
     if bits >= MANY_BITS:
-        return _least([Uniform.over(seen[0] * clip, seen[1] * clip, bits) for clip in MANY_BITS_CLIPS], error)
+        return least([Uniform.over(seen[0] * clip, seen[1] * clip, bits) for clip in MANY_BITS_CLIPS], error)
     kinds: tuple[type[Uniform] | type[Odd], ...] = (Uniform, Odd) if bits <= FEW_BITS else (Uniform,)
     best: list[tuple[float, ActivationQuantizer]] = []
     for kind in kinds:
         _, clip = min((error(kind.over(seen[0] * clip, seen[1] * clip, bits)), clip) for clip in CLIPS)
         low, high = seen[0] * clip, seen[1] * clip
         _, high = min((error(kind.over(low, high * share, bits)), high * share) for share in SIDE_CLIPS)
-        least, low = min((error(kind.over(low * share, high, bits)), low * share) for share in SIDE_CLIPS)
-        best.append((least, kind.over(low, high, bits)))
+        found, low = min((error(kind.over(low * share, high, bits)), low * share) for share in SIDE_CLIPS)
+        best.append((found, kind.over(low, high, bits)))
     return min(best, key=lambda of: of[0])[1]
 
 
-def _least(
+def least(
     candidates: Sequence[ActivationQuantizer] | Iterator[ActivationQuantizer], error: Error
 ) -> ActivationQuantizer:
+    """The candidate of least `error`, the first among equals."""
     return min(candidates, key=error)
 
 
-def _softmax_quantizers(bits: int) -> Iterator[ActivationQuantizer]:
+def softmax_quantizers(bits: int) -> Iterator[ActivationQuantizer]:
+    """Candidates for values in [0, 1] of which most are small: clipped ranges, powers of two, twin ranges."""
     for clip in CLIPS:
         yield Uniform.over(0.0, clip, bits)
     yield Log2(min(2**bits - 2, LOG2_OCTAVES))
@@ -302,7 +307,8 @@ def _two_sided(samples: LinearSamples, bits: int) -> Iterator[TwinUniform]:
                 yield TwinUniform(scale, -half, 0, shift, half - 1)
 
 
-def _mean_square(wrong: Tensor) -> float:
+def mean_square(wrong: Tensor) -> float:
+    """Mean of the squares of all elements."""
     return float(wrong.square().mean())
 
 
