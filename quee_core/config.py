@@ -100,6 +100,11 @@ class BackboneConfig(Section):
     )
     pretrained: bool = Field(False, description="Download timm's own weights (needs a network).")
     num_classes: int | None = Field(None, ge=2, description="Classes of the checkpoint's head, if not the model's own.")
+    head: Address | None = Field(
+        None,
+        description="A linear head in a file of its own, for a backbone that has none, such as DINOv2's: weight "
+        "[classes, d] or, on class token and mean patch token, [classes, 2 d]. A path counts as the checkpoint's does.",
+    )
     image_size: int | None = Field(None, ge=8, description="Side of the input in pixels, if not the model's own.")
     exits: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="Blocks that have run at each exit, ascending; by default four, evenly spaced."

@@ -102,12 +102,13 @@ class OperatingPoint(_Plain):
 
 
 class Architecture(_Plain):
-    """What `blank_backbone` builds."""
+    """What `blank_backbone` builds. head_width: features of a head that came in a file of its own."""
 
     name: str
     exits: tuple[int, ...]
     num_classes: int
     image_size: tuple[int, int]
+    head_width: int | None = None
 
 
 class _Format(BaseModel):
@@ -249,7 +250,11 @@ def save_router(
         run=run,
         dataset=dataset,
         architecture=Architecture(
-            name=backbone.name, exits=backbone.exits, num_classes=backbone.num_classes, image_size=(height, width)
+            name=backbone.name,
+            exits=backbone.exits,
+            num_classes=backbone.num_classes,
+            image_size=(height, width),
+            head_width=backbone.attached_head_width,
         ),
         preprocessing=preprocessing,
         class_names=class_names,
@@ -281,6 +286,7 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
         exits=manifest.architecture.exits,
         num_classes=manifest.architecture.num_classes,
         image_size=manifest.architecture.image_size,
+        head_width=manifest.architecture.head_width,
     )
     _load_weights(backbone, _checked(folder, "backbone.safetensors", manifest.files))
     calibration = Calibration.from_bytes(_checked(folder, "calibration.safetensors", manifest.files))

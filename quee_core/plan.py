@@ -215,7 +215,8 @@ def resolve(config: SweepConfig) -> SweepPlan:
     loaded = load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
-        checkpoint=_checkpoint_of(config),
+        checkpoint=_weights_file(config, config.backbone.checkpoint),
+        head=_weights_file(config, config.backbone.head),
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
@@ -246,18 +247,18 @@ def resolve(config: SweepConfig) -> SweepPlan:
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)
 
 
-def _checkpoint_of(config: SweepConfig) -> FilePath | None:
-    """The weights file: a relative path counts from the working folder, and if it is not there from `dataset.root`.
+def _weights_file(config: SweepConfig, address: str | None) -> FilePath | None:
+    """A file of weights: a relative path counts from the working folder, and if it is not there from `dataset.root`.
 
     What lies elsewhere is copied below `run.runs`, once.
     """
-    if config.backbone.checkpoint is None:
+    if address is None:
         return None
-    if "://" in config.backbone.checkpoint:
+    if "://" in address:
         from quee_core.backbones.fetched import fetch_checkpoint  # a router that serves has no need of it
 
-        return fetch_checkpoint(config.backbone.checkpoint, config.run.runs / "checkpoints")
-    given, root = FilePath(config.backbone.checkpoint), config.dataset.root
+        return fetch_checkpoint(address, config.run.runs / "checkpoints")
+    given, root = FilePath(address), config.dataset.root
     if root is None or given.is_absolute() or given.exists():
         return given
     below = root / given

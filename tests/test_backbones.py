@@ -26,6 +26,7 @@ from quee_core.backbones import (
     segment,
 )
 from quee_core.backbones.micro_vit import micro_vit
+from quee_core.backbones.registry import blank_backbone
 from quee_core.config import SweepConfig
 from quee_core.errors import BackboneError, CheckpointError
 from quee_core.plan import resolve
@@ -300,6 +301,62 @@ def test_a_timm_model_with_classes_and_image_size_of_its_own(tmp_path: Path) -> 
     )
     assert headless.backbone.final is None
     assert headless.fingerprint != loaded.fingerprint
+
+
+DINO = "vit_small_patch14_reg4_dinov2"
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DINOv2 as it is published, without a head; small images, random weights."""
+    path = tmp_path_factory.mktemp("dino") / "dino.safetensors"
+    save_file(timm.create_model(DINO, img_size=28, dynamic_img_size=False).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("sees", [1, 2])
+@pytest.mark.parametrize("names", ["", "linear."])
+def test_a_backbone_without_a_head_takes_one_from_a_file(dino: Path, tmp_path: Path, sees: int, names: str) -> None:
+    """On the class token; or on it and the mean of the patches, registers left out, as DINOv2's own are."""
+    weight, bias = torch.randn(7, sees * 384), torch.randn(7)
+    torch.save({f"{names}weight": weight, f"{names}bias": bias}, tmp_path / "head.pth")
+    loaded = load_backbone(DINO, exits=[6, 12], checkpoint=dino, image_size=28, head=tmp_path / "head.pth")
+    headless = load_backbone(DINO, exits=[6, 12], checkpoint=dino, image_size=28)
+    assert (headless.backbone.num_classes, loaded.backbone.num_classes) == (0, 7)
+    assert headless.fingerprint != loaded.fingerprint
+    images = images_for(loaded.backbone)
+    with torch.inference_mode():
+        tokens = headless.backbone.stem(images)
+        for part in headless.backbone.segments:
+            tokens = part(tokens)
+        normed = headless.backbone.output.norm(tokens)  # type: ignore[operator]
+        seen = torch.cat([normed[:, 0], normed[:, 1 + 4 :].mean(dim=1)][:sees], dim=1)
+        assert torch.allclose(loaded.backbone(images), seen @ weight.T + bias, atol=1e-4)
+    width = loaded.backbone.attached_head_width
+    assert width == (None if sees == 1 else 2 * 384)
+    blank = blank_backbone(DINO, exits=[6, 12], num_classes=7, image_size=(28, 28), head_width=width)
+    blank.load_state_dict(loaded.backbone.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(blank(images), loaded.backbone(images))
+
+
+def test_heads_that_do_not_fit_say_why(dino: Path, tmp_path: Path) -> None:
+    head = tmp_path / "head.safetensors"
+
+    def told(content: dict[str, Tensor], **options: Any) -> str:
+        save_file(content, head)
+        with pytest.raises(BackboneError) as caught:
+            load_backbone(**{"name": DINO, "checkpoint": dino, "image_size": 28, "head": head, **options})
+        return str(caught.value)
+
+    fits = {"weight": torch.ones(7, 384), "bias": torch.ones(7)}
+    assert "want [classes, 384] or [classes, 768], and [classes]" in told(fits | {"weight": torch.ones(7, 5 * 384)})
+    assert "bias [6]" in told(fits | {"bias": torch.ones(6)})
+    assert "want the weight and the bias of one layer" in told({"weight": torch.ones(7, 384)})
+    assert "not finite" in told(fits | {"bias": torch.full((7,), torch.inf)})
+    assert "the file says how many; leave one out" in told(fits, num_classes=7)
+    micro = {"name": "micro_vit_fashion_mnist", "checkpoint": None, "image_size": None}
+    assert "the backbone has a head of 10 classes; leave that out by num_classes 0" in told(fits, **micro)
 
 
 @pytest.mark.parametrize(

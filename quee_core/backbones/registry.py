@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import quee_core.backbones.t2t_vit  # noqa: F401 (tells timm of its models)
 from quee_core.backbones.checkpoints import load_weights, read_checkpoint, weights_fingerprint, without_head
+from quee_core.backbones.linear_head import attach_head, blank_head
 from quee_core.backbones.micro_vit import micro_vit
 from quee_core.backbones.segmented import (
     SegmentedBackbone,
@@ -114,6 +115,7 @@ def load_backbone(
     num_classes: int | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
+    head: Path | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> LoadedBackbone:
@@ -125,6 +127,7 @@ def load_backbone(
     num_classes: classes of the head, if not the model's own; 0 leaves the head out of a checkpoint that has one.
     pretrained: take timm's own weights, from the cache of Hugging Face's hub or by download.
     image_size: side of the input in pixels, if not the model's own; a multiple of the patch size.
+    head: file of a linear head for a backbone without one (see `attach_head`), which says how many classes there are.
     cache_dir: the hub's cache, if not the usual one. offline: look in the cache alone.
 
     What can be checked without weights is checked before any are read or fetched.
@@ -137,6 +140,8 @@ def load_backbone(
         raise BackboneError(f"{name}: num_classes {num_classes}: want 2 or more, or 0 for no head")
     if image_size is not None and image_size < 1:
         raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
+    if head is not None and num_classes:
+        raise BackboneError(f"{name}: head {head} and num_classes {num_classes}: the file says how many; leave one out")
     entry = BACKBONES.get(name)
     if entry is not None:
         model = _own_model(name, entry, exits, checkpoint, num_classes, image_size)
@@ -147,18 +152,31 @@ def load_backbone(
         preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
         preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
         class_names = None
+    if head is not None:
+        if model.num_classes:
+            raise BackboneError(
+                f"{name}: head {head}: the backbone has a head of {model.num_classes} classes; leave that out by "
+                "num_classes 0, or leave the file out"
+            )
+        attach_head(model, head)
     model.eval().requires_grad_(False)
     cuts = evenly_spaced_exits(len(model.blocks)) if exits is None else exits
     return LoadedBackbone(segment(model, cuts, name), preprocessing, weights_fingerprint(model), class_names)
 
 
 def blank_backbone(
-    name: str, *, exits: Sequence[int], num_classes: int, image_size: tuple[int, int]
+    name: str,
+    *,
+    exits: Sequence[int],
+    num_classes: int,
+    image_size: tuple[int, int],
+    head_width: int | None = None,
 ) -> SegmentedBackbone:
     """The architecture `name` cut at `exits`, its weights to be loaded: what a deployed router is put together from.
 
-    num_classes: classes of its head, 0 for none. image_size: (height, width) in pixels. In evaluation mode, without
-    gradients. Raises BackboneError for a name that is not known here, or exits that do not cut it.
+    num_classes: classes of its head, 0 for none. image_size: (height, width) in pixels. head_width: features that the
+    head takes, if it is not the architecture's own. In evaluation mode, without gradients.
+    Raises BackboneError for a name that is not known here, or exits that do not cut it.
     """
     entry = BACKBONES.get(name)
     if entry is not None:
@@ -170,6 +188,8 @@ def blank_backbone(
         if tuple(usual.patch_embed.img_size) != tuple(image_size):
             options["img_size"] = image_size
         model = timm.create_model(name, **options)
+    if head_width is not None:
+        model.head = blank_head(head_width, num_classes)
     model.eval().requires_grad_(False)
     return segment(model, exits, name)
 

@@ -61,7 +61,10 @@ class Segment(nn.Module):
 
 
 class Output(nn.Module):
-    """Norm, pooling and head: tokens float [n, t, d] to logits float [n, C], or to features [n, d] without a head."""
+    """Norm, pooling and head: tokens float [n, t, d] to logits float [n, C], or to features [n, d] without a head.
+
+    A head that takes 2 d features sees the class token and the mean of the patch tokens, as DINOv2's linear ones do.
+    """
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
@@ -73,11 +76,14 @@ class Output(nn.Module):
         self.fc_norm: nn.Module = model.fc_norm
         self.head_drop: nn.Module = model.head_drop
         self.head: nn.Module = model.head
+        self.beside_patches = isinstance(model.head, nn.Linear) and model.head.in_features == 2 * model.embed_dim
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Answer once for each image."""
         tokens = self.norm(tokens)
-        if self.attn_pool is not None:
+        if self.beside_patches:
+            pooled = torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=1)
+        elif self.attn_pool is not None:
             pooled = self.attn_pool(tokens if self.pool_include_prefix else tokens[:, self.num_prefix_tokens :])
         else:
             pooled = global_pool_nlc(
@@ -155,6 +161,11 @@ class SegmentedBackbone(nn.Module):
     def final(self) -> nn.Module | None:
         """The backbone's own answer, tokens [n, t, d] to logits [n, C]; None if it has no head."""
         return self.output if self.num_classes > 0 else None
+
+    @property
+    def attached_head_width(self) -> int | None:
+        """Features that a head takes which is not the architecture's own (see `attach_head`); None if there is none."""
+        return 2 * self.embed_dim if isinstance(self.output, Output) and self.output.beside_patches else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits float [n, C] of images float [n, c, h, w]; without a head, the features [n, d] that timm returns."""
