@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.columns import print_cells
 from flows.messages import reporting_faults
 from quee_core.errors import ConfigError
 
@@ -146,4 +147,4 @@ def _print(found: dict[str, "Champion | None"], console: Console) -> None:
         console.print(table)
     else:
         for row in (head, *rows):
-            console.print("\t".join(row), highlight=False, soft_wrap=True, markup=False)
+            print_cells(row, console)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from flows.columns import print_cells
 from quee_core.comparison import Comparison, Estimate
 
 
@@ -59,7 +60,7 @@ def _print_rows(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
     if title:
         console.print(title, highlight=False, soft_wrap=True, markup=False)
     for row in (head, *rows):
-        console.print("\t".join(row), highlight=False, soft_wrap=True, markup=False)
+        print_cells(row, console)
 
 
 def _interval(estimate: Estimate) -> str:

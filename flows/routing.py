@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from flows.columns import print_cells
 from quee_core.data.decoding import decode
 from quee_core.deployment import DeployedRouter
 from quee_core.errors import DataError
@@ -44,10 +45,9 @@ def route_files(deployed: DeployedRouter, files: Sequence[Path], rule: Rule, bat
 def print_answers(answers: Sequence[FileAnswer], rule: Rule, console: Console) -> None:
     """A table on a terminal, tab-separated lines under a header elsewhere."""
     if not console.is_terminal:
-        console.print("file\tlabel\tprobability\tpath\tcost", highlight=False, soft_wrap=True)
+        print_cells(("file", "label", "probability", "path", "cost"), console)
         for a in answers:
-            line = f"{a.file}\t{a.label}\t{a.probability:.4f}\t{a.path}\t{a.cost:.4f}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            print_cells((a.file, a.label, f"{a.probability:.4f}", a.path, f"{a.cost:.4f}"), console)
         return
     table = Table("file", "label", "probability", "path", "cost", title=str(rule))
     for a in answers:

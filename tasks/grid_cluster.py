@@ -129,6 +129,8 @@ def no_worker(run: RunConfig) -> ServerUnreachableError:
 def _threads_here(threads: int) -> Iterator[Client]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    log = logging.getLogger("distributed.worker")
+    log.addFilter(_is_news)
     try:
         with (
             threadpool_limits(limits=1),  # of BLAS for the process; workers limit their own OpenMP
@@ -147,7 +149,13 @@ def _threads_here(threads: int) -> Iterator[Client]:
             say_no_lost_timeout(client)
             yield client
     finally:
+        log.removeFilter(_is_news)
         torch.set_num_threads(before)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what a worker in this process says of a unit that failed, traceback and all: it is raised here too."""
+    return not record.getMessage().startswith("Compute Failed")
 
 
 def say_no_lost_timeout(client: Client) -> None:

@@ -1,5 +1,6 @@
 """The grid on Dask: real schedulers and workers, killed in the middle, foreign, silent, or none at all."""
 
+import logging
 import os
 import re
 import shutil
@@ -407,6 +408,17 @@ def test_of_what_is_lost_in_the_loop_of_dask_all_but_timeouts_is_logged(
         for lost in (TimeoutError("Timeout"), ValueError("a fault")):
             loop.create_future().set_exception(lost)  # collected at once, and never asked for its result
     assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [lost]
+
+
+def test_a_fault_in_a_thread_of_this_process_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def full() -> None:
+        raise StoreError("store: cannot be written: the disk is full")
+
+    with grid_client(small_config(tmp_path).run) as client:
+        with pytest.raises(StoreError, match="the disk is full"):
+            client.submit(full).result()
+        logging.getLogger("distributed.worker").error("something else")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == ["something else"]
 
 
 def test_two_sweeps_at_once_each_have_a_cluster_on_loopback_alone(tmp_path: Path) -> None:
