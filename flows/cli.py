@@ -109,6 +109,21 @@ def sweep(
 
 @app.command()
 @reporting_faults
+def finetune(
+    config: Annotated[Path, typer.Argument(help="A fine-tuning as YAML, such as configs/finetune.yaml.")],
+) -> None:
+    """Fine-tune a backbone on a share of a data set, and leave a sweep of it that stays off those images.
+
+    The same command continues a training that was stopped, from its last whole epoch.
+    """
+    from flows.finetuning import run_finetuning
+    from quee_core.finetune_config import load_finetune_config
+
+    run_finetuning(load_finetune_config(config), Console())
+
+
+@app.command()
+@reporting_faults
 def plan(
     config: ConfigArgument,
     data_root: DataRootOption = None,

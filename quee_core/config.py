@@ -3,13 +3,15 @@
 import math
 import re
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from quee_core.data.datasets import TrainedOn
+from quee_core.data.splits import TrainedShare
 from quee_core.errors import ConfigError, did_you_mean
 from quee_core.paths import PathTree, PolicyName, check_bit_widths
 from quee_core.redaction import WITHOUT_LOGIN, without_secrets
@@ -48,6 +50,8 @@ def _no_credentials(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(_no_credentials), Field(json_schema_extra={"pattern": WITHOUT_LOGIN})]
 
+S = TypeVar("S", bound=Section)
+
 
 class DatasetConfig(Section):
     """Images, and how they are divided."""
@@ -63,9 +67,13 @@ class DatasetConfig(Section):
     select: Fraction = Field(0.15, description="Share of the non-test images for choosing predictors and thresholds.")
     test: Fraction = Field(0.0, description="Share for test, where the set has no official test part.")
     seed: int = Field(0, ge=0, description="Seed of the hash that assigns images to splits.")
-    trained_on: Literal["none", "train", "unknown"] | None = Field(
-        None, description="Part that the backbone was trained on; by default what the data set's description says."
+    trained_on: Literal["none", "train", "unknown", "share"] | None = Field(
+        None,
+        description="Part that the backbone was trained on; by default what the data set's description says. `share`: "
+        "that share of all images but the test part which `quee finetune` took.",
     )
+    trained_share: Fraction | None = Field(None, description="How much `share` is.")
+    trained_seed: int = Field(0, ge=0, description="Seed of the hash that `share` was drawn by.")
     limit: int | None = Field(None, ge=50, description="At most this many images in each split.")
     unlabelled: int = Field(
         0,
@@ -82,6 +90,20 @@ class DatasetConfig(Section):
         if min(self.fit, self.target, self.select) <= 0:
             raise ValueError("fit, target and select must each be above 0")
         return self
+
+    @model_validator(mode="after")
+    def _share_is_given(self) -> "DatasetConfig":
+        if (self.trained_on == "share") != (self.trained_share is not None):
+            raise ValueError("trained_on: share and trained_share belong together; give both, or neither")
+        return self
+
+    @property
+    def seen_by_backbone(self) -> TrainedOn | TrainedShare | None:
+        """What `choose_splits` is told of the backbone's own training images."""
+        if self.trained_on != "share":
+            return self.trained_on
+        assert self.trained_share is not None  # see the validator
+        return TrainedShare(self.trained_share, self.trained_seed)
 
     @property
     def fractions(self) -> dict[Literal["fit", "target", "select", "test"], float]:
@@ -351,6 +373,11 @@ def load_config(path: FilePath) -> SweepConfig:
 
     Raises ConfigError that names file and field, with the nearest known name for a misspelt one.
     """
+    return parse_config(read_yaml(path), source=str(path))
+
+
+def read_yaml(path: FilePath) -> dict[str, Any]:
+    """The mapping in a YAML file; empty if the file is. Raises ConfigError that names it for anything else."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -364,24 +391,29 @@ def load_config(path: FilePath) -> SweepConfig:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: want a mapping of sections at the top, found a {type(raw).__name__}")
-    return parse_config(raw, source=str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], *, source: str) -> SweepConfig:
     """Check a sweep given as a mapping. Raises ConfigError naming `source` and every faulty field."""
+    return checked(SweepConfig, raw, source=source)
+
+
+def checked(model: type[S], raw: dict[str, Any], *, source: str) -> S:
+    """Check what a file says against `model`. Raises ConfigError naming `source` and every faulty field."""
     try:
-        return SweepConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        faults = [_fault(dict(e)) for e in error.errors(include_url=False)]
+        faults = [_fault(dict(e), model) for e in error.errors(include_url=False)]
         raise ConfigError(f"{source}: " + "; ".join(faults)) from None
 
 
-def _fault(error: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"]) or "sweep"
+def _fault(error: dict[str, Any], model: type[Section]) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "the file"
     if error["type"] == "extra_forbidden" and place in FORMER:
         return f"{place}: a setting of an earlier version of quee; {FORMER[place]}"
     if error["type"] == "extra_forbidden":
-        return f"{place}: unknown field; {did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+        return f"{place}: unknown field; {did_you_mean(str(error['loc'][-1]), _fields_at(model, error['loc'][:-1]))}"
     if error["type"] == "too_short":
         return f"{place}: {error['ctx']['actual_length']} given; want at least {error['ctx']['min_length']}"
     message = error["msg"].removeprefix("Value error, ")
@@ -391,8 +423,7 @@ def _fault(error: dict[str, Any]) -> str:
     return f"{place}: {message}{shown}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = SweepConfig
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue

@@ -9,8 +9,9 @@ from pathlib import Path as FilePath
 import numpy as np
 from numpy.typing import NDArray
 
+from quee_core.backbones.checkpoints import TRAINED_ON, read_note
 from quee_core.backbones.registry import LoadedBackbone, load_backbone
-from quee_core.config import SweepConfig
+from quee_core.config import DatasetConfig, SweepConfig
 from quee_core.costs import edge_bits
 from quee_core.data.datasets import UNLABELLED, ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
@@ -208,15 +209,17 @@ def resolve(config: SweepConfig) -> SweepPlan:
         dataset,
         config.dataset.fractions,
         seed=config.dataset.seed,
-        trained_on=config.dataset.trained_on,
+        trained_on=config.dataset.seen_by_backbone,
         limit=config.dataset.limit,
         unlabelled=config.dataset.unlabelled,
     )
+    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs)
+    check_trained_on(config.dataset, dataset.description.trained_on, checkpoint)
     loaded = load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
-        checkpoint=_weights_file(config, config.backbone.checkpoint),
-        head=_weights_file(config, config.backbone.head),
+        checkpoint=checkpoint,
+        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs),
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
@@ -247,19 +250,42 @@ def resolve(config: SweepConfig) -> SweepPlan:
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)
 
 
-def _weights_file(config: SweepConfig, address: str | None) -> FilePath | None:
-    """A file of weights: a relative path counts from the working folder, and if it is not there from `dataset.root`.
+def weights_file(address: str | None, root: FilePath | None, runs: FilePath) -> FilePath | None:
+    """A file of weights; None for no address.
 
-    What lies elsewhere is copied below `run.runs`, once.
+    A relative path counts from the working folder, and if it is not there from `root`, the data set's. What lies
+    elsewhere is copied below `runs`, once.
     """
     if address is None:
         return None
     if "://" in address:
         from quee_core.backbones.fetched import fetch_checkpoint  # a router that serves has no need of it
 
-        return fetch_checkpoint(address, config.run.runs / "checkpoints")
-    given, root = FilePath(address), config.dataset.root
+        return fetch_checkpoint(address, runs / "checkpoints")
+    given = FilePath(address)
     if root is None or given.is_absolute() or given.exists():
         return given
     below = root / given
     return below if below.exists() else given
+
+
+def check_trained_on(asked: DatasetConfig, usual: str, checkpoint: FilePath | None) -> None:
+    """Raises ConfigError if the weights say that they have seen other images of the data set than the sweep knows.
+
+    usual: what the data set's description says of a backbone's training images.
+    """
+    said = None if checkpoint is None else read_note(checkpoint, TRAINED_ON)
+    if said is None:
+        return
+    seen = json.loads(said)
+    if seen.pop("name") != asked.name:
+        return
+    known: dict[str, object] = {"trained_on": asked.trained_on or usual}
+    if asked.trained_on == "share":
+        known |= {"trained_share": asked.trained_share, "trained_seed": asked.trained_seed}
+    if known != seen:
+        wanted = ", ".join(f"dataset.{field}: {value}" for field, value in seen.items())
+        raise ConfigError(
+            f"{checkpoint}: it was fine-tuned on images of {asked.name}, and its confidence there says nothing about "
+            f"new ones; set {wanted}"
+        )

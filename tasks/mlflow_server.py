@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from quee_core.config import SweepConfig
 from quee_core.errors import ServerError, ServerUnreachableError
+from quee_core.finetune_config import FinetuneConfig
 from quee_core.record import SweepRecord
 from quee_core.redaction import without_secrets
 from quee_core.s3_place import may_pass
@@ -35,10 +36,10 @@ _CAUSES = {  # urllib3's names
 }
 
 
-def tracking_of(sweep: SweepConfig) -> tuple[str, str | None]:
+def tracking_of(sweep: SweepConfig | FinetuneConfig) -> tuple[str, str | None]:
     """Tracking URI, and place of artifacts of new experiments (None: the server's own).
 
-    Those of the sweep, or SQLite and a folder below the runs.
+    Those of the run, or SQLite and a folder below the runs.
     """
     asked = sweep.run.artifacts
     artifacts = asked if asked is None or "://" in asked else FilePath(asked).resolve().as_uri()
@@ -136,9 +137,25 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+@contextmanager
+def ended(client: MlflowClient, run: str, status: str = "FINISHED") -> Iterator[None]:
+    """Mark `run` as `status`, or as failed or killed if logging to it ends otherwise: none is left running."""
+    try:
+        yield
+    except BaseException as error:
+        if not gives_no_answer(error):
+            client.set_terminated(run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    client.set_terminated(run, status)
+
+
 def experiment_of(client: MlflowClient, record: SweepRecord, artifacts: str | None) -> str:
     """Id of the experiment of a backbone and a data set, made if there is none, with its artifacts at `artifacts`."""
-    name = f"{record.backbone} on {record.dataset}"
+    return experiment_named(client, f"{record.backbone} on {record.dataset}", artifacts)
+
+
+def experiment_named(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Id of the experiment `name`, made if there is none, with its artifacts at `artifacts`."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)

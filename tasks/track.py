@@ -3,9 +3,8 @@
 import csv
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path as FilePath
 from tempfile import TemporaryDirectory
 
@@ -22,7 +21,7 @@ from quee_core.report.figures import all_figures
 from quee_core.runs import TRACKING_LOCK, record_digest
 from quee_core.tracked import Row, metrics_of, params_of, tables_of, tags_of
 from tasks.figure_image import write_image
-from tasks.mlflow_server import client_of, experiment_of, gives_no_answer, mlflow_faults, sweep_advice, tracking_of
+from tasks.mlflow_server import client_of, ended, experiment_of, mlflow_faults, sweep_advice, tracking_of
 from tasks.progress import advance, stage
 from tasks.retries import PATIENT
 
@@ -56,7 +55,7 @@ def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: Fil
         else:
             tags = tags_of(record) | {DIGEST_TAG: digest}
             known = client.create_run(experiment, run_name=record.name, tags=tags).info.run_id
-            with _ended(client, known):
+            with ended(client, known):
                 _log_parent(client, known, record, folder / "figures", report)
                 advance(STAGE, 1)
                 _log_points(client, experiment, known, record.grid, AT_ONCE if uri.startswith("http") else 1)
@@ -84,18 +83,6 @@ def _end_abandoned(client: MlflowClient, experiment: str, digest: str) -> None:
         abandoned += client.search_runs([experiment], wanted)
     for run in {run.info.run_id for run in abandoned}:
         client.set_terminated(run, "KILLED")
-
-
-@contextmanager
-def _ended(client: MlflowClient, run: str, status: str = "FINISHED") -> Iterator[None]:
-    """Mark `run` as `status`, or as failed or killed if logging to it ends otherwise: none is left running."""
-    try:
-        yield
-    except BaseException as error:
-        if not gives_no_answer(error):
-            client.set_terminated(run, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    client.set_terminated(run, status)
 
 
 def _log_parent(client: MlflowClient, run: str, record: SweepRecord, figures: FilePath, report: FilePath) -> None:
@@ -182,7 +169,7 @@ def _log_point(client: MlflowClient, experiment: str, parent: str, row: GridRow)
         "rmse": row.rmse, "brier": row.brier, "ece": row.ece, "select_hypervolume": row.hypervolume,
         "fit_seconds": row.seconds,
     }  # fmt: skip
-    with _ended(client, run, "FINISHED" if row.failure is None else "FAILED"):
+    with ended(client, run, "FINISHED" if row.failure is None else "FAILED"):
         client.log_batch(
             run,
             metrics=[Metric(k, v, now, 0) for k, v in measured.items() if v is not None],

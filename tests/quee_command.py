@@ -110,10 +110,14 @@ class SweepProcess:
     """
 
     def __init__(
-        self, folder: Path, before: Callable[[], None] = lambda: None, command: Sequence[object] = (QUEE,)
+        self,
+        folder: Path,
+        before: Callable[[], None] = lambda: None,
+        command: Sequence[object] = (QUEE,),
+        arguments: Sequence[object] = ("sweep", "sweep.yaml"),
     ) -> None:
         self.folder = folder
-        self._command = [*map(str, command), "sweep", "sweep.yaml"]
+        self._command = [*map(str, command), *map(str, arguments)]
         self._before = before
         self._lines: list[str] = []
 
@@ -159,10 +163,14 @@ class SweepProcess:
 
     def wait_for_tables(self, count: int) -> None:
         """Return once the store holds `count` tables; the sweep must still be running then."""
+        self.wait_for(lambda: len(list(self.folder.glob("store/backbone=*/**/_part-*.json"))) >= count)
+
+    def wait_for(self, holds: Callable[[], bool]) -> None:
+        """Return once `holds()`; the command must still be running then."""
         deadline = time.monotonic() + DEADLINE
-        while len(list(self.folder.glob("store/backbone=*/**/_part-*.json"))) < count:
-            assert self._process.poll() is None, f"ended before there were {count} tables: {self.output}"
-            assert time.monotonic() < deadline, f"no {count} tables: {self.output}"
+        while not holds():
+            assert self._process.poll() is None, f"ended too early: {self.output}"
+            assert time.monotonic() < deadline, f"too late: {self.output}"
             time.sleep(0.005)
 
     def send(self, number: signal.Signals) -> None:

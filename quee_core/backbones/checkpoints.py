@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _HEADS = ("head", "head_dist")
 _NAMED = 3
+TRAINED_ON = "quee.trained_on"  # note in weights that quee made: data set and images that they learnt from, as JSON
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -39,6 +40,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     is_pickle = path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80")
     content = _read_pickle(path) if is_pickle else _read_safetensors(path)
     return state_dict_of(content, path)
+
+
+def read_note(path: Path, name: str) -> str | None:
+    """What the metadata of a safetensors file say under `name`; None for no such note, or another kind of file."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            notes: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None  # whoever reads the weights says what is wrong with them
+    return notes.get(name)
 
 
 def state_dict_of(content: object, source: object) -> dict[str, Tensor]:

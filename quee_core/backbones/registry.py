@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data.config import resolve_model_data_config
@@ -134,24 +135,11 @@ def load_backbone(
     Raises BackboneError for an unknown name, exits that do not cut the backbone, an impossible size or class count, no
     source of weights or two, or a download that fails; CheckpointError for weights that are damaged or do not fit.
     """
-    if pretrained and checkpoint is not None:
-        raise BackboneError(f"{name}: checkpoint {checkpoint} and pretrained weights: give one of the two")
-    if num_classes is not None and (num_classes < 0 or num_classes == 1):
-        raise BackboneError(f"{name}: num_classes {num_classes}: want 2 or more, or 0 for no head")
-    if image_size is not None and image_size < 1:
-        raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
     if head is not None and num_classes:
         raise BackboneError(f"{name}: head {head} and num_classes {num_classes}: the file says how many; leave one out")
-    entry = BACKBONES.get(name)
-    if entry is not None:
-        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size)
-        preprocessing = _own_preprocessing(entry, model)
-        class_names = entry.class_names if model.num_classes == len(entry.class_names) else None
-    else:
-        model = _timm_model(name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline)
-        preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
-        preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
-        class_names = None
+    model, preprocessing, class_names = _loaded(
+        name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline
+    )
     if head is not None:
         if model.num_classes:
             raise BackboneError(
@@ -162,6 +150,28 @@ def load_backbone(
     model.eval().requires_grad_(False)
     cuts = evenly_spaced_exits(len(model.blocks)) if exits is None else exits
     return LoadedBackbone(segment(model, cuts, name), preprocessing, weights_fingerprint(model), class_names)
+
+
+def load_model(
+    name: str,
+    *,
+    new_classes: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    image_size: int | None = None,
+) -> tuple[Any, dict[str, Any], str]:
+    """timm's model `name` with trained weights and a new head for `new_classes` classes, to be fine-tuned.
+
+    seed: of the new head. The others are as in `load_backbone`, and so is what is raised. Returns the model, timm's
+    data config, and the fingerprint of the weights that it starts from.
+    """
+    model, preprocessing, _ = _loaded(name, None, checkpoint, 0, pretrained, image_size, None, False)
+    start = weights_fingerprint(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.reset_classifier(new_classes)
+    return model, preprocessing, start
 
 
 def blank_backbone(
@@ -192,6 +202,36 @@ def blank_backbone(
         model.head = blank_head(head_width, num_classes)
     model.eval().requires_grad_(False)
     return segment(model, exits, name)
+
+
+def _loaded(
+    name: str,
+    exits: Sequence[int] | None,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    pretrained: bool,
+    image_size: int | None,
+    cache_dir: Path | None,
+    offline: bool,
+) -> tuple[Any, dict[str, Any], tuple[str, ...] | None]:
+    """The whole model, timm's data config, and names of its classes where they are known; raises as `load_backbone`."""
+    if pretrained and checkpoint is not None:
+        raise BackboneError(f"{name}: checkpoint {checkpoint} and pretrained weights: give one of the two")
+    if num_classes is not None and (num_classes < 0 or num_classes == 1):
+        raise BackboneError(f"{name}: num_classes {num_classes}: want 2 or more, or 0 for no head")
+    if image_size is not None and image_size < 1:
+        raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
+    entry = BACKBONES.get(name)
+    if entry is not None:
+        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size)
+        preprocessing = _own_preprocessing(entry, model)
+        class_names = entry.class_names if model.num_classes == len(entry.class_names) else None
+    else:
+        model = _timm_model(name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline)
+        preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
+        preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+        class_names = None
+    return model, preprocessing, class_names
 
 
 def _own_model(

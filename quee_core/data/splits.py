@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from quee_core.data.datasets import UNLABELLED, DatasetDescription, ImageDataset, TrainedOn
 from quee_core.errors import ConfigError, DataError
 
+TRAINED_SALT = 1 << 21  # keeps the draw of trained images apart from those of splits and of augmentation
+
 LabelledSplit = Literal["fit", "target", "select", "test"]
 SplitName = LabelledSplit | Literal["unlabelled"]  # UNLABELLED
 SPLITS: tuple[LabelledSplit, ...] = ("fit", "target", "select", "test")
@@ -51,12 +53,24 @@ def assign_splits(
     return member
 
 
+@dataclass(frozen=True)
+class TrainedShare:
+    """A backbone that was trained on a share of the images that are not test: those whose hash under `seed` is low."""
+
+    share: float
+    seed: int
+
+    def saw(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether it was trained on each image, bool [n]."""
+        return hash_uniform(sample_ids, TRAINED_SALT + self.seed) < self.share
+
+
 def choose_splits(
     dataset: ImageDataset,
     fractions: Mapping[LabelledSplit, float],
     *,
     seed: int,
-    trained_on: TrainedOn | None = None,
+    trained_on: TrainedOn | TrainedShare | None = None,
     limit: int | None = None,
     unlabelled: int = 0,
 ) -> tuple[dict[SplitName, tuple[Selection, ...]], tuple[str, ...]]:
@@ -64,16 +78,18 @@ def choose_splits(
 
     The official test part is `test`. A backbone's confidence on its own training images says nothing about new ones:
     where it was trained on the training part (`trained_on` "train"; the part of that name, else all that are not
-    test), that part serves `fit` alone, and the other splits share what is left. Without a test part, `test` comes
-    from the hash too. `limit` keeps the images of each split whose hash is lowest. A part of unlabelled images is a
-    split of its own, of at most `unlabelled` of them; there is none for a set without, or with `unlabelled` 0.
+    test), that part serves `fit` alone, and the other splits share what is left; so it is with the images of a
+    `TrainedShare`. Without a test part, `test` comes from the hash too. `limit` keeps the images of each split whose
+    hash is lowest. A part of unlabelled images is a split of its own, of at most `unlabelled` of them; there is none
+    for a set without, or with `unlabelled` 0.
 
     Raises DataError for a class without images in `fit`, a split or an unlabelled part that is empty, or a set without
     an image that the backbone has not seen.
     """
     about = replace(dataset.description, parts=tuple(p for p in dataset.description.parts if p != UNLABELLED))
     trained = trained_on or about.trained_on
-    plan, cautions = _shares(about, fractions, seen_by_backbone=_seen_parts(about) if trained == "train" else ())
+    seen_parts = trained_parts(about)[0] if trained == "train" else ()
+    plan, cautions = _shares(about, fractions, seen_by_backbone=seen_parts)
     if trained == "unknown":
         cautions.append(
             "it is not known which images the backbone was trained on; if target, select or unlabelled hold some of "
@@ -81,7 +97,13 @@ def choose_splits(
         )
     splits: dict[SplitName, list[Selection]] = {name: [] for name in SPLITS}
     for part, shares in plan.items():
-        member = assign_splits(dataset.sample_ids(part), shares, seed)
+        sample_ids = dataset.sample_ids(part)
+        if isinstance(trained, TrainedShare) and part != about.test_part:
+            seen = trained.saw(sample_ids)
+            member = assign_splits(sample_ids, {**shares, "fit": 0.0}, seed)
+            member[seen] = SPLITS.index("fit")
+        else:
+            member = assign_splits(sample_ids, shares, seed)
         for k, name in enumerate(SPLITS):
             if len(positions := np.flatnonzero(member == k)):
                 splits[name].append(Selection(part, positions))
@@ -125,9 +147,11 @@ def subsample(dataset: ImageDataset, parts: Sequence[Selection], count: int, see
     return tuple(selection for selection in kept if len(selection.positions))
 
 
-def _seen_parts(about: DatasetDescription) -> tuple[str, ...]:
-    rest = tuple(part for part in about.parts if part != about.test_part)
-    return ("train",) if "train" in rest else rest
+def trained_parts(about: DatasetDescription) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Parts that a backbone of the set is trained on, `train` or all that are not test, and labelled ones besides."""
+    rest = tuple(part for part in about.parts if part not in (about.test_part, UNLABELLED))
+    seen = ("train",) if "train" in rest else rest
+    return seen, tuple(part for part in rest if part not in seen)
 
 
 def _shares(
