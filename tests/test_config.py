@@ -11,8 +11,11 @@ from pydantic import BaseModel
 
 from quee_core.config import SweepConfig, load_config, parse_config
 from quee_core.errors import ConfigError
+from quee_core.finetune_config import load_finetune_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+FINETUNINGS = sorted((FOLDER / "finetune").glob("*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(FINETUNINGS))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -114,3 +117,8 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(section: str, f
     with pytest.raises(ConfigError, match=rf"{section}\.{field}: credentials do not belong in an address") as told:
         parse_config({section: {field: address}}, source="mine.yaml")
     assert "planted" not in str(told.value)
+
+
+@pytest.mark.parametrize("path", FINETUNINGS, ids=lambda path: path.stem)
+def test_shipped_finetunings_are_valid(path: Path) -> None:
+    assert load_finetune_config(path).name == path.stem.replace("_", "-")
