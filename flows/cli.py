@@ -50,6 +50,10 @@ DaskOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="At most this many images in each split; replaces dataset.limit.")
 ]
+RandomWeightsOption = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Untrained weights instead of backbone.checkpoint: to try a pipeline."),
+]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of records and reports.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -83,14 +87,15 @@ def sweep(
     device: DeviceOption = None,
     limit: LimitOption = None,
     dask: DaskOption = None,
+    random_weights: RandomWeightsOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run what CONFIG asks for and the store lacks, then fit, replay and report the front."""
     if dry_run:
-        plan(config, data_root, checkpoint, store, device, limit, as_json)
+        plan(config, data_root, checkpoint, store, device, limit, random_weights, as_json)
         return
-    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, dask)
+    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, random_weights, dask)
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
@@ -116,23 +121,33 @@ def plan(
     store: StoreOption = None,
     device: DeviceOption = None,
     limit: LimitOption = None,
+    random_weights: RandomWeightsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
+    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk; and which files it lacks.
+
+    Computes nothing else, and downloads nothing.
+    """
     from quee_core.devices import choose_device
     from quee_core.estimate import estimate
-    from quee_core.plan import resolve
+    from quee_core.plan import outline
     from quee_core.store import Store
 
-    asked = _configured(config, data_root, checkpoint, store, device, limit)
-    found = estimate(resolve(asked), Store.open(asked.run.store), choose_device(asked.run.device))
+    asked = _configured(config, data_root, checkpoint, store, device, limit, random_weights)
+    planned, missing = outline(asked)
+    found = estimate(planned, Store.open(asked.run.store), choose_device(asked.run.device), missing)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     table = Table("", "", show_header=False, title=f"plan of {config}")
     for name, value in found.rows():
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for caution in planned.cautions:
+        console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
+    for file in found.missing:
+        console.print(f"missing: {file}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -291,6 +306,7 @@ def _configured(
     store: str | None,
     device: str | None,
     limit: int | None,
+    random_weights: bool,
     dask: str | None = None,
 ) -> Any:
     from quee_core.config import load_config, parse_config
@@ -306,6 +322,9 @@ def _configured(
     ):
         if value is not None:
             raw.setdefault(section, {})[field] = value
+    if random_weights:
+        given = {k: v for k, v in raw.get("backbone", {}).items() if k not in ("checkpoint", "pretrained")}
+        raw["backbone"] = given | {"random_weights": True} | ({} if checkpoint is None else {"checkpoint": checkpoint})
     return parse_config(raw, source=str(config))
 
 

@@ -1,13 +1,14 @@
 """Backbones by name: the micro ViTs of quee's own, and every timm model that is a plain `VisionTransformer`."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data.config import resolve_model_data_config
@@ -24,7 +25,7 @@ from quee_core.backbones.segmented import (
     evenly_spaced_exits,
     segment,
 )
-from quee_core.errors import BackboneError, CheckpointError, did_you_mean
+from quee_core.errors import BackboneError, CheckpointError, MissingWeightsError, did_you_mean
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "micro_vit"
 
@@ -32,6 +33,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "micro_vit"
 _TIMM_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "t2t_vit")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_TIMEOUT = 10.0  # seconds
+RANDOM_SEED = 0  # of weights that are drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,11 @@ def load_backbone(
     num_classes: int | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
+    random_weights: bool = False,
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> LoadedBackbone:
-    """The backbone `name` with trained weights, cut at `exits`.
+    """The backbone `name` with trained weights, or with `random_weights` as it is before training, cut at `exits`.
 
     name: one of `list_backbones`; a timm name may carry its weights' tag: `deit3_small_patch16_224.fb_in1k`.
     exits: blocks that have run at each exit, strictly ascending, the last all of them; by default four, evenly spaced.
@@ -125,12 +128,17 @@ def load_backbone(
     num_classes: classes of the head, if not the model's own; 0 leaves the head out of a checkpoint that has one.
     pretrained: take timm's own weights, from the cache of Hugging Face's hub or by download.
     image_size: side of the input in pixels, if not the model's own; a multiple of the patch size.
+    random_weights: the architecture's own initialisation instead of any weights, the same in every process.
     cache_dir: the hub's cache, if not the usual one. offline: look in the cache alone.
 
     What can be checked without weights is checked before any are read or fetched.
-    Raises BackboneError for an unknown name, exits that do not cut the backbone, an impossible size or class count, no
-    source of weights or two, or a download that fails; CheckpointError for weights that are damaged or do not fit.
+    Raises BackboneError for an unknown name, exits that do not cut the backbone, an impossible size or class count, or
+    two sources of weights; MissingWeightsError for none, a file that is not there, or a download that fails;
+    CheckpointError for weights that are damaged or do not fit.
     """
+    if random_weights and (pretrained or checkpoint is not None):
+        given = "pretrained weights" if pretrained else f"checkpoint {checkpoint}"
+        raise BackboneError(f"{name}: random weights and {given}: give one of the two")
     if pretrained and checkpoint is not None:
         raise BackboneError(f"{name}: checkpoint {checkpoint} and pretrained weights: give one of the two")
     if num_classes is not None and (num_classes < 0 or num_classes == 1):
@@ -139,11 +147,13 @@ def load_backbone(
         raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
     entry = BACKBONES.get(name)
     if entry is not None:
-        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size)
+        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size, random_weights)
         preprocessing = _own_preprocessing(entry, model)
         class_names = entry.class_names if model.num_classes == len(entry.class_names) else None
     else:
-        model = _timm_model(name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline)
+        model = _timm_model(
+            name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline
+        )
         preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
         preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
         class_names = None
@@ -181,18 +191,21 @@ def _own_model(
     checkpoint: Path | None,
     num_classes: int | None,
     image_size: int | None,
+    random_weights: bool,
 ) -> Any:
     options = dict(entry.model_args)
     if num_classes is not None:
         options["num_classes"] = num_classes
     if image_size is not None:
         options["img_size"] = image_size
-    model = micro_vit(**options)
+    model = _drawn(lambda: micro_vit(**options))
     if exits is not None:
         check_exits(exits, len(model.blocks), name)
+    if random_weights:
+        return model
     source = checkpoint or entry.weights
     if source is None:
-        raise BackboneError(f"{name}: quee ships no weights for it; give a checkpoint")
+        raise MissingWeightsError(f"{name}: quee ships no weights for it; give a checkpoint")
     if checkpoint is None and not source.exists():
         raise BackboneError(f"{name}: its weights {source} are missing from this installation; reinstall quee")
     _load_file(model, source)
@@ -217,12 +230,13 @@ def _timm_model(
     num_classes: int | None,
     pretrained: bool,
     image_size: int | None,
+    random_weights: bool,
     cache_dir: Path | None,
     offline: bool,
 ) -> Any:
     published = _published(name)
-    if not pretrained and checkpoint is None:
-        raise BackboneError(f"{name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
+    if not pretrained and checkpoint is None and not random_weights:
+        raise MissingWeightsError(f"{name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
     if pretrained and num_classes not in (None, 0, published.num_classes):
         raise BackboneError(
             f"{name}: num_classes {num_classes} does not fit the pretrained head, which has {published.num_classes} "
@@ -237,12 +251,21 @@ def _timm_model(
         check_exits(exits, len(skeleton.blocks), name)
     if image_size is not None and (patch := _indivisible_by(skeleton)):
         raise BackboneError(f"{name}: image_size {image_size} is not a multiple of its patch size {patch}")
+    if random_weights:
+        return _drawn(lambda: timm.create_model(name, **options))
     if checkpoint is not None:
         model = timm.create_model(name, **options)
         _load_file(model, checkpoint)
         return model
     file = _fetch(name, published, cache_dir, offline)
     return _load_published(name, options, file)
+
+
+def _drawn(make: Callable[[], nn.Module]) -> Any:
+    """A model as it is initialised from `RANDOM_SEED`, torch's generator being left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return make()
 
 
 def _load_file(model: Any, source: Path) -> None:
@@ -270,7 +293,7 @@ def _fetch(name: str, published: PretrainedCfg, cache_dir: Path | None, offline:
         where = (
             f"only at {published.url}: download them, and give the file as a checkpoint" if published.url else "nowhere"
         )
-        raise BackboneError(f"{name}: timm's weights are on no hub, {where}")
+        raise MissingWeightsError(f"{name}: timm's weights are on no hub, {where}")
     repository, _, tag = hub.partition("@")
     revision = tag or None
     filenames = [published.hf_hub_filename] if published.hf_hub_filename else list(_HUB_FILES)
@@ -293,7 +316,7 @@ def _fetch(name: str, published: PretrainedCfg, cache_dir: Path | None, offline:
         except Exception as error:  # the hub, its HTTP client and the disk each raise families of their own
             reason = _first_line(error)
             break
-    raise BackboneError(
+    raise MissingWeightsError(
         f"{name}: cannot get the pretrained weights of {repository} ({reason}): run once with a network, "
         "or give a checkpoint file"
     )
