@@ -240,6 +240,94 @@ def route(
 
 @app.command()
 @reporting_faults
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image file.", metavar="IMAGE")],
+    run: Annotated[str, typer.Option("--run", help="Name of a run, or the path of its router folder.")],
+    price: Annotated[
+        float, typer.Option("--price", help="λ: how many errors one full path is worth to the gates.")
+    ] = 0.1,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", help="Where the figure goes; by default IMAGE's name with .walk.html, here."),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Draw the figure as a picture too, beside the page.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show how the gates of a finished run decide about IMAGE: what each saw, the loss of each way on, its choice."""
+    from flows.drawing import print_walk, write_figures
+    from flows.routing import read_image
+    from quee_core.deployment import load_router
+    from quee_core.devices import choose_device
+    from quee_core.report import paper
+    from quee_core.runs import find_router
+    from quee_core.walks import explain as walk_through
+
+    deployed = load_router(find_router(run, runs), choose_device(device))
+    manifest, router = deployed.manifest, deployed.router
+    walk = walk_through(router, deployed.preprocess(read_image(image)), price)
+    told = (
+        f"{image.name} by run {manifest.run} ({manifest.architecture.name} on {manifest.dataset}), n = 1 image; at a "
+        "way, the least loss of the paths that begin with it. Measured here."
+    )
+    target = page or Path(f"{image.stem}.walk.html")
+    figure = paper.walk(walk, manifest.class_names, router.policy.tree.paths, told)
+    written = write_figures({target.stem: figure}, target.parent, png=png)
+    if as_json:
+        typer.echo(json.dumps({**asdict(walk), "label": manifest.class_names[walk.answer.label]}, indent=2))
+        return
+    console = Console()
+    print_walk(walk, manifest.class_names, console)
+    for file in written:
+        console.print(f"figure: {file}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@reporting_faults
+def figures(
+    run: Annotated[str, typer.Argument(help="Name of a run, or the path of its record.json.", metavar="RUN")],
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Mean relative cost of the operating point shown; see README.")
+    ] = None,
+    image: Annotated[
+        int | None, typer.Option("--image", help="Sample id of the test image whose walk is shown; else a long walk.")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option("--gate", help="Gate whose clusters are shown, such as 4-4; by default the first.")
+    ] = None,
+    store: StoreOption = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Pictures too, where there is a Chromium.")] = True,
+    track: Annotated[
+        bool, typer.Option("--track", help="Add them to the run in MLflow that the sweep left, if there is one.")
+    ] = False,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Draw the paper's figures 1 to 5 anew from what a finished run left: its tables, its gates, its grid."""
+    from flows.drawing import FOLDER, paper_figures, write_figures
+    from quee_core.paths import Path as TreePath
+    from quee_core.runs import find_record
+    from quee_core.store import Store
+    from quee_core.studies import FinishedTables
+
+    record, folder = find_record(run, runs)
+    tables = FinishedTables.of(record, folder)
+    kept = Store.open(store or tables.config.run.store)
+    at = None if gate is None else TreePath.parse(gate)
+    drawn = paper_figures(tables, kept, budget=budget, image=image, gate=at)
+    written = write_figures(drawn, folder / FOLDER, png=png)
+    console = Console()
+    for file in written:
+        console.print(f"figure: {file}", soft_wrap=True, highlight=False)
+    if track:
+        from tasks.track import add_figures
+
+        known = add_figures(tables.config, record, folder / FOLDER)
+        console.print(f"tracked: run {known}" if known else "not tracked: MLflow has no run of this record")
+
+
+@app.command()
+@reporting_faults
 def datasets(as_json: JsonOption = False) -> None:
     """List the data sets that can be swept, and which of them need files of yours."""
     from quee_core.data.datasets import DATASETS
