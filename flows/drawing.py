@@ -89,10 +89,11 @@ def print_walk(walk: Walk, class_names: tuple[str, ...], console: Console) -> No
             so_far = f"{visit.cost:.4f}" if k == 0 else ""
             table.add_row(
                 *first, f"{option.path}{' *' if mark else ''}", f"{option.error:.4f}", f"{option.cost:.4f}",
-                f"{option.loss:.4f}", does if mark else "", so_far, end_section=k == len(best) - 1,
+                f"{option.loss:.4f}", does if mark else "", so_far,
             )  # fmt: skip
         if (more := len(visit.options) - len(best)) > 0:
-            table.add_row("", "", f"and {more} more", "", "", "", "", "", end_section=True)
+            table.add_row("", "", f"and {more} more", "", "", "", "", "")
+        table.add_section()
     console.print(table)
     console.print(
         f"answer: {class_names[walk.answer.label]}, probability {walk.answer.features['p_max']:.4f}, path {walk.path}, "

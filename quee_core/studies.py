@@ -74,8 +74,7 @@ class Polynomial:
 
     def __call__(self, clusters: NDArray[np.float64]) -> NDArray[np.float64]:
         """Its value at each K, float64, of the shape given."""
-        values: NDArray[np.float64] = np.polynomial.polynomial.polyval(np.log10(clusters), self.coefficients)
-        return values
+        return np.asarray(np.polynomial.polynomial.polyval(np.log10(clusters), self.coefficients), np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +228,7 @@ def mean_ladder(rows: Sequence[LadderRow]) -> tuple[NDArray[np.float64], NDArray
 
 
 def fitted_polynomial(clusters: NDArray[np.float64], error: NDArray[np.float64]) -> Polynomial:
-    """The second-order polynomial in log10 K nearest to `error`; of a lower order where there are fewer than three K."""
+    """The second-order polynomial in log10 K nearest to `error`; of a lower order for fewer than three K."""
     degree = min(2, len(clusters) - 1)
     fitted = np.polynomial.polynomial.polyfit(np.log10(clusters), error, degree).tolist()
     a, b, c = [*fitted, 0.0, 0.0][:3]

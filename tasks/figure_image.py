@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+WIDTH, HEIGHT = 900, 520  # pixels, before scaling
 
 logger = logging.getLogger("quee.track")
 
@@ -27,7 +28,8 @@ def write_images(figures: Mapping[FilePath, go.Figure]) -> list[FilePath]:
         return []
     logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # what goes wrong is told here, in one line
     try:
-        plotly.io.write_images(list(figures.values()), list(figures), scale=2)
+        heights = [figure.layout.height or HEIGHT for figure in figures.values()]
+        plotly.io.write_images(list(figures.values()), list(figures), scale=2, width=WIDTH, height=heights)
     except Exception as error:  # of the browser's many; the figure is there as HTML
         for path in figures:
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ SHOWN_FRONTS = 6
 SHOWN_CLASSES = 40
 SHOWN_TREE = 150  # paths; of a larger tree, what the walk comes by is drawn
 SHOWN_OPTIONS = 12  # of a gate, in what is shown over it
-_LINE = 112  # characters of a caption's line
+_LINE = 100  # characters of a caption's line
 _TITLE, _LINE_HEIGHT = 52, 17  # pixels
 
 
@@ -38,17 +38,16 @@ def classes(record: SweepRecord, rows: Sequence[ShareRow]) -> go.Figure:
         by_exit = sorted(shown[1:], key=lambda row: sum(s * Path.parse(p).exit for p, s in row.shares.items()))
         shown = [shown[0], *by_exit[: SHOWN_CLASSES // 2], *by_exit[-SHOWN_CLASSES // 2 :]]
     figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.04,
+        rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.08,
         subplot_titles=("by the exit that answers", "by the narrowest bit-width on the way"),
     )  # fmt: skip
     names = ["<b>all images</b>", *(plotly_text(row.class_name) for row in shown[1:])]
     place = list(range(len(shown)))
     exits = palette.exit_colours(len(record.exits))
-    by = [(1, f"exit {k + 1}", exits[k], lambda path, k=k: path.exit == k + 1) for k in range(len(exits))]
     colours = palette.bits_colours(record.bits)
-    by += [(2, f"{b} bits", colours[b], lambda path, b=b: min(path.bits) == b) for b in record.bits]
-    for panel, name, colour, belongs in by:
-        shares = [sum(s for p, s in row.shares.items() if belongs(Path.parse(p))) for row in shown]
+    groups = [(1, f"exit {k}", colour, _shares(shown, exit_=k)) for k, colour in enumerate(exits, start=1)]
+    groups += [(2, f"{bits} bits", colours[bits], _shares(shown, bits=bits)) for bits in record.bits]
+    for panel, name, colour, shares in groups:
         figure.add_bar(
             row=1, col=panel, x=shares, y=place, orientation="h", name=name,
             marker={"color": colour, "line": {"color": palette.SURFACE, "width": 0.5}},
@@ -57,6 +56,7 @@ def classes(record: SweepRecord, rows: Sequence[ShareRow]) -> go.Figure:
             hoverinfo="text",
         )  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.22)
+    figure.update_annotations(font={"size": 13, "color": palette.MUTED})
     figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25)
     figure.update_yaxes(tickmode="array", tickvals=place, ticktext=names, autorange="reversed", showgrid=False)
     what = (
@@ -78,7 +78,7 @@ def walk(walked: Walk, class_names: Sequence[str], paths: Sequence[Path], note: 
         line={"color": palette.GRID, "width": 1.5}, hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     colours = palette.bits_colours({b for path in nodes for b in path.bits})
-    for bits in sorted({b for b in walked.path.bits}):
+    for bits in sorted(set(walked.path.bits)):
         steps = [path for path in walked.path.prefixes() if path != ROOT and path.bits[-1] == bits]
         figure.add_scatter(
             x=_broken(steps, lambda path: path.exit), y=_broken(steps, lambda path: height[path]), mode="lines",
@@ -115,10 +115,10 @@ def front(record: SweepRecord) -> go.Figure:
 
 def predictors(record: SweepRecord, rows: Sequence[PointFront]) -> go.Figure:
     """Fig. 4: fronts of the gates by predictors of different RMSE, evenly picked where there are many."""
-    picked = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_FRONTS, len(rows))).round().astype(int)) if rows else []
-    shown = [rows[k] for k in picked]
+    picked = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_FRONTS, len(rows))).round().astype(int))
+    shown = [rows[k] for k in picked.tolist()]
     named = {f"RMSE {row.rmse:.4f}: {_point(row)}": row for row in shown}
-    what = "Gates' rule by predictors of the grid. RMSE is against the error rates of the test images of each cluster"
+    what = "Gates' rule by predictors of the grid. RMSE is against error rates of clusters of test images"
     return _fronts(record, "Fig. 4: fronts of predictors of different RMSE", named, what)
 
 
@@ -143,7 +143,7 @@ def clusters(record: SweepRecord, gate: Path, rows: Sequence[ClusterRow]) -> go.
         x=place, y=[row.entropy for row in rows], mode="lines+markers", name="mean entropy (right)", secondary_y=True,
         line={"color": palette.BASELINES[0], "width": 2}, hoverinfo="skip",
     )  # fmt: skip
-    figure.update_xaxes(title_text="cluster, by error rate", dtick=1)
+    figure.update_xaxes(title_text="cluster, by error rate", dtick=1, range=[0.3, len(rows) + 0.7])
     figure.update_yaxes(title_text="error rate", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text="entropy, nats", secondary_y=True, showgrid=False, rangemode="tozero")
     figure.update_yaxes(tickformat=".2~f", secondary_y=True)
@@ -201,6 +201,15 @@ def caption(record: SweepRecord, what: str) -> str:
     return f"{told} {RANDOM_WEIGHTS.capitalize()}." if RANDOM_WEIGHTS in record.cautions else told
 
 
+def _shares(rows: Sequence[ShareRow], *, exit_: int | None = None, bits: int | None = None) -> list[float]:
+    """Share of each row's images whose path ends at an exit, or has `bits` as its narrowest bit-width."""
+
+    def belongs(path: Path) -> bool:
+        return path.exit == exit_ if bits is None else min(path.bits) == bits
+
+    return [sum(share for text, share in row.shares.items() if belongs(Path.parse(text))) for row in rows]
+
+
 def _fronts(record: SweepRecord, title: str, named: Mapping[str, PointFront], what: str) -> go.Figure:
     figure = go.Figure()
     swatches = palette.exit_colours(max(1, len(named)))
@@ -226,11 +235,9 @@ def _titled(figure: go.Figure, title: str, told: str, height: int) -> go.Figure:
     top = _TITLE + _LINE_HEIGHT * len(lines)
     subtitle = {"text": "<br>".join(map(plotly_text, lines)), "font": {"size": 12, "color": palette.MUTED}}
     figure.update_layout(
-        template=palette.TEMPLATE, height=height + top, title={"text": title, "subtitle": subtitle, "yref": "container",
-        "y": 1, "yanchor": "top", "pad": {"t": 12}}, margin={"t": top + 26},
+        template=palette.TEMPLATE, height=height + top, title={"text": title, "subtitle": subtitle, "xref": "container",
+        "x": 0.02, "yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 12}}, margin={"t": top + 26},
     )  # fmt: skip
-    for note in figure.layout.annotations:
-        note.update(font={"size": 13, "color": palette.MUTED})
     return figure
 
 
