@@ -107,7 +107,8 @@ def sweep(
         typer.echo(record.model_dump_json(indent=2))
     else:
         print_record(record, console)
-    if (registration := read_registration(report.parent)) is not None:
+    registration = None if sweep_config.backbone.random_weights else read_registration(report.parent)
+    if registration is not None:
         console.print(f"router: {registration.line}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
 

@@ -25,7 +25,8 @@ from tests.published_files import CIFAR10_CLASSES, cifar_batch, encoded, python2
 from tests.quee_command import quee, refused
 
 PAPER = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
-PER_PART = 200  # real images of each part of a scaled-down set
+PER_PART = 130  # real images of each part of a scaled-down set
+LIMIT = 60  # of a split; of a set of a hundred classes, which must all be there, as many as there are
 
 pytestmark = pytest.mark.xdist_group("paper")
 
@@ -83,7 +84,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def scaled_down(config: Path, folder: Path) -> Path:
-    """The sweep at two exits, two bit-widths, the smallest images that its backbone takes, and a training of seconds."""
+    """The sweep at two exits, two bit-widths, the smallest images of its backbone, and a training of seconds."""
     raw = yaml.safe_load(config.read_text())
     depth = raw["backbone"]["exits"][-1]
     raw["backbone"] |= {"exits": [depth // 2, depth], "image_size": 28 if "dinov2" in config.stem else 32}
@@ -92,8 +93,8 @@ def scaled_down(config: Path, folder: Path) -> Path:
     raw["paths"] = {"bits": raw["paths"]["bits"][::2], "policy": "monotone"}
     raw["heads"] = raw["heads"] | {"epochs": 3, "copies": 0}
     raw |= {
-        "quantization": {"method": "minmax", "images": 32}, "targets": {"clusters": [None, 4]}, "prices": {"count": 6},
-        "predictors": [{"name": "logistic"}], "embedding": {"dimensions": 4}, "cost": {"batch": 8, "repeats": 1},
+        "quantization": {"method": "minmax", "images": 8}, "targets": {"clusters": [None, 4]}, "prices": {"count": 6},
+        "predictors": [{"name": "logistic"}], "embedding": {"dimensions": 4}, "cost": {"batch": 2, "repeats": 1},
         "evaluation": {"resamples": 100}, "run": {"device": "cpu", "mlflow_uri": f"sqlite:///{folder.parent}/m.db"},
     }  # fmt: skip
     path = folder / "sweep.yaml"
@@ -115,7 +116,7 @@ def test_a_plan_is_complete_without_files_and_says_which_are_missing(
     monkeypatch.setattr("quee_core.estimate.TRIAL_PIXELS", 1)  # a single image tells the time
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     sweep = load_config(config)
-    told = json.loads(quee(tmp_path, "plan", config, "--json").output)
+    told = json.loads(quee(tmp_path, "sweep", config, "--dry-run", "--json").output)
     known = PUBLISHED[sweep.dataset.name]
     assert all(told[key] > 0 for key in ("paths", "gates", "cells", "branches", "grid_points", "seconds", "bytes"))
     assert told["cells_missing"] == told["cells"]
@@ -125,11 +126,9 @@ def test_a_plan_is_complete_without_files_and_says_which_are_missing(
     assert data.startswith(f"data set {sweep.dataset.name}: folder data is missing; expected there: ")
     expected = sweep.backbone.name if sweep.backbone.pretrained else f"data/{sweep.backbone.checkpoint}"
     assert expected in weights
-    shown = quee(tmp_path, "sweep", config, "--dry-run")
-    assert shown.exit_code == 0, shown.output
-    assert [line.removeprefix("missing: ") for line in shown.output.splitlines() if line.startswith("missing: ")] == [
-        data, weights,
-    ]  # fmt: skip
+    if "t2t7" in config.stem:  # the quick ones
+        lines = quee(tmp_path, "plan", config).output.splitlines()
+        assert [line for line in lines if line.startswith("missing: ")] == [f"missing: {data}", f"missing: {weights}"]
     assert not (tmp_path / "runs").exists()
     assert "data set" in refused(tmp_path, "sweep", config)
 
@@ -164,7 +163,8 @@ def test_random_weights_are_drawn_only_where_asked_for_and_always_the_same(tmp_p
 def test_a_scaled_down_run_goes_through_to_its_figures(config: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     WRITERS[load_config(config).dataset.name](tmp_path / "images")
-    arguments = ("--random-weights", "--limit", PER_PART, "--data-root", tmp_path / "images")
+    limit = PER_PART if load_config(config).dataset.name == "cifar100" else LIMIT
+    arguments = ("--random-weights", "--limit", limit, "--data-root", tmp_path / "images")
     done = quee(tmp_path, "sweep", scaled_down(config, tmp_path), *arguments)
     assert done.exit_code == 0, (done.output, done.exception)
     assert f"note: {RANDOM_WEIGHTS}" in done.output
