@@ -50,6 +50,10 @@ DaskOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="At most this many images in each split; replaces dataset.limit.")
 ]
+RandomWeightsOption = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Untrained weights instead of backbone.checkpoint: to try a pipeline."),
+]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of records and reports.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -83,14 +87,15 @@ def sweep(
     device: DeviceOption = None,
     limit: LimitOption = None,
     dask: DaskOption = None,
+    random_weights: RandomWeightsOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; compute nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run what CONFIG asks for and the store lacks, then fit, replay and report the front."""
     if dry_run:
-        plan(config, data_root, checkpoint, store, device, limit, as_json)
+        plan(config, data_root, checkpoint, store, device, limit, random_weights, as_json)
         return
-    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, dask)
+    sweep_config = _configured(config, data_root, checkpoint, store, device, limit, random_weights, dask)
     os.environ.setdefault("PREFECT_HOME", str(sweep_config.run.runs.resolve() / ".prefect"))
     check_room(Path(os.environ["PREFECT_HOME"]), PREFECT_ROOM)  # on a full disk its server would keep us waiting
     from flows.full_sweep import run_sweep
@@ -102,7 +107,8 @@ def sweep(
         typer.echo(record.model_dump_json(indent=2))
     else:
         print_record(record, console)
-    if (registration := read_registration(report.parent)) is not None:
+    registration = None if sweep_config.backbone.random_weights else read_registration(report.parent)
+    if registration is not None:
         console.print(f"router: {registration.line}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False)
 
@@ -131,23 +137,33 @@ def plan(
     store: StoreOption = None,
     device: DeviceOption = None,
     limit: LimitOption = None,
+    random_weights: RandomWeightsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk. Computes nothing else."""
+    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk; and which files it lacks.
+
+    Computes nothing else, and downloads nothing.
+    """
     from quee_core.devices import choose_device
     from quee_core.estimate import estimate
-    from quee_core.plan import resolve
+    from quee_core.plan import outline
     from quee_core.store import Store
 
-    asked = _configured(config, data_root, checkpoint, store, device, limit)
-    found = estimate(resolve(asked), Store.open(asked.run.store), choose_device(asked.run.device))
+    asked = _configured(config, data_root, checkpoint, store, device, limit, random_weights)
+    planned, missing = outline(asked)
+    found = estimate(planned, Store.open(asked.run.store), choose_device(asked.run.device), missing)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     table = Table("", "", show_header=False, title=f"plan of {config}")
     for name, value in found.rows():
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for caution in planned.cautions:
+        console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
+    for file in found.missing:
+        console.print(f"missing: {file}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -240,6 +256,94 @@ def route(
 
 @app.command()
 @reporting_faults
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image file.", metavar="IMAGE")],
+    run: Annotated[str, typer.Option("--run", help="Name of a run, or the path of its router folder.")],
+    price: Annotated[
+        float, typer.Option("--price", help="λ: how many errors one full path is worth to the gates.")
+    ] = 0.1,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", help="Where the figure goes; by default IMAGE's name with .walk.html, here."),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Draw the figure as a picture too, beside the page.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show how the gates of a finished run decide about IMAGE: what each saw, the loss of each way on, its choice."""
+    from flows.drawing import print_walk, write_figures
+    from flows.routing import read_image
+    from quee_core.deployment import load_router
+    from quee_core.devices import choose_device
+    from quee_core.report import paper
+    from quee_core.runs import find_router
+    from quee_core.walks import explain as walk_through
+
+    deployed = load_router(find_router(run, runs), choose_device(device))
+    manifest, router = deployed.manifest, deployed.router
+    walk = walk_through(router, deployed.preprocess(read_image(image)), price)
+    told = (
+        f"{image.name} by run {manifest.run} ({manifest.architecture.name} on {manifest.dataset}), n = 1 image; at a "
+        "way, the least loss of the paths that begin with it. Measured here."
+    )
+    target = page or Path(f"{image.stem}.walk.html")
+    figure = paper.walk(walk, manifest.class_names, router.policy.tree.paths, told)
+    written = write_figures({target.stem: figure}, target.parent, png=png)
+    if as_json:
+        typer.echo(json.dumps({**asdict(walk), "label": manifest.class_names[walk.answer.label]}, indent=2))
+        return
+    console = Console()
+    print_walk(walk, manifest.class_names, console)
+    for file in written:
+        console.print(f"figure: {file}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@reporting_faults
+def figures(
+    run: Annotated[str, typer.Argument(help="Name of a run, or the path of its record.json.", metavar="RUN")],
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Mean relative cost of the operating point shown; see README.")
+    ] = None,
+    image: Annotated[
+        int | None, typer.Option("--image", help="Sample id of the test image whose walk is shown; else a long walk.")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option("--gate", help="Gate whose clusters are shown, such as 4-4; by default the first.")
+    ] = None,
+    store: StoreOption = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Pictures too, where there is a Chromium.")] = True,
+    track: Annotated[
+        bool, typer.Option("--track", help="Add them to the run in MLflow that the sweep left, if there is one.")
+    ] = False,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Draw the paper's figures 1 to 5 anew from what a finished run left: its tables, its gates, its grid."""
+    from flows.drawing import FOLDER, paper_figures, write_figures
+    from quee_core.paths import Path as TreePath
+    from quee_core.runs import find_record
+    from quee_core.store import Store
+    from quee_core.studies import FinishedTables
+
+    record, folder = find_record(run, runs)
+    tables = FinishedTables.of(record, folder)
+    kept = Store.open(store or tables.config.run.store)
+    at = None if gate is None else TreePath.parse(gate)
+    drawn = paper_figures(tables, kept, budget=budget, image=image, gate=at)
+    written = write_figures(drawn, folder / FOLDER, png=png)
+    console = Console()
+    for file in written:
+        console.print(f"figure: {file}", soft_wrap=True, highlight=False)
+    if track:
+        from tasks.track import add_figures
+
+        known = add_figures(tables.config, record, folder / FOLDER)
+        console.print(f"tracked: run {known}" if known else "not tracked: MLflow has no run of this record")
+
+
+@app.command()
+@reporting_faults
 def datasets(as_json: JsonOption = False) -> None:
     """List the data sets that can be swept, and which of them need files of yours."""
     from quee_core.data.datasets import DATASETS
@@ -306,6 +410,7 @@ def _configured(
     store: str | None,
     device: str | None,
     limit: int | None,
+    random_weights: bool,
     dask: str | None = None,
 ) -> Any:
     from quee_core.config import load_config, parse_config
@@ -321,6 +426,9 @@ def _configured(
     ):
         if value is not None:
             raw.setdefault(section, {})[field] = value
+    if random_weights:
+        given = {k: v for k, v in raw.get("backbone", {}).items() if k not in ("checkpoint", "pretrained")}
+        raw["backbone"] = given | {"random_weights": True} | ({} if checkpoint is None else {"checkpoint": checkpoint})
     return parse_config(raw, source=str(config))
 
 

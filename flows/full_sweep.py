@@ -22,6 +22,7 @@ from flows.silent_runs import TAG, tidy_tasks, watch_silence
 from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
+from quee_core.plan import RANDOM_WEIGHTS
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.runs import read_record
 from quee_core.stages import branches_of
@@ -70,11 +71,11 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
     tracked, _ = track(sweep, record, folder, report)
-    registration, _ = register(sweep, record, folder, report, tracked)
+    routed = None if sweep.backbone.random_weights else register(sweep, record, folder, report, tracked)[0]
     if named_server() is not None:
         show_front(record, report)
         show_tracking(sweep, record, tracked)
-    get_run_logger().info("router: %s", registration.line)
+    get_run_logger().info("router: %s", routed.line if routed else f"not registered: {RANDOM_WEIGHTS}")
     get_run_logger().info("report: %s", report)
     return report
 

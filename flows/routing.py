@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ def route_files(deployed: DeployedRouter, files: Sequence[Path], rule: Rule, bat
     names = deployed.manifest.class_names
     for start in range(0, len(files), batch):
         together = files[start : start + batch]
-        routed = deployed.router(torch.stack([deployed.preprocess(decode(_read(f), str(f))) for f in together]), rule)
+        routed = deployed.router(torch.stack([deployed.preprocess(read_image(f)) for f in together]), rule)
         for k, file in enumerate(together):
             label = int(routed.label[k])
             yield FileAnswer(
@@ -55,8 +56,10 @@ def print_answers(answers: Sequence[FileAnswer], rule: Rule, console: Console) -
     console.print(table)
 
 
-def _read(file: Path) -> bytes:
+def read_image(file: Path) -> Image.Image:
+    """The image in `file`. Raises DataError that names it if it is none."""
     try:
-        return file.read_bytes()
+        data = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); give an image file") from None
+    return decode(data, str(file))

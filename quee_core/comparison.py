@@ -249,11 +249,20 @@ def run_outcomes(folder: FilePath) -> tuple[Outcomes, Outcomes, Outcomes]:
     return _outcomes(folder, "target"), _outcomes(folder, "select"), _outcomes(folder, "test")
 
 
+def outcomes_key(folder: FilePath, split: SplitName) -> str:
+    """The fingerprint of a split's outcomes, by which their folder is called. Raises StoreError where they are gone."""
+    return _outcomes_folder(folder, split).name.removeprefix(f"{split}-")
+
+
 def _outcomes(folder: FilePath, split: SplitName) -> Outcomes:
+    return Outcomes.load(_outcomes_folder(folder, split))
+
+
+def _outcomes_folder(folder: FilePath, split: SplitName) -> FilePath:
     found = [path for path in sorted((folder / "outcomes").glob(f"{split}-*")) if is_saved(path)]
     if len(found) != 1:
         raise StoreError(
             f"{folder / 'outcomes'}: {len(found)} tables of {split}, want one of each of {', '.join(WALKED)}; run the "
             "sweep again to write them"
         )
-    return Outcomes.load(found[0])
+    return found[0]

@@ -121,6 +121,11 @@ class BackboneConfig(Section):
         "counts from the working folder, and if it is not there from dataset.root.",
     )
     pretrained: bool = Field(False, description="Download timm's own weights (needs a network).")
+    random_weights: bool = Field(
+        False,
+        description="Weights as they are before training, instead of a checkpoint: to try a pipeline before they are "
+        "there. The figures then say nothing about the backbone, and the router is not registered.",
+    )
     num_classes: int | None = Field(None, ge=2, description="Classes of the checkpoint's head, if not the model's own.")
     head: Address | None = Field(
         None,
@@ -131,6 +136,13 @@ class BackboneConfig(Section):
     exits: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="Blocks that have run at each exit, ascending; by default four, evenly spaced."
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "BackboneConfig":
+        if self.random_weights and (self.pretrained or self.checkpoint is not None):
+            other = "pretrained" if self.pretrained else "checkpoint"
+            raise ValueError(f"random_weights and {other}: give one of the two")
+        return self
 
 
 class PathsConfig(Section):

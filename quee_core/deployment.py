@@ -301,6 +301,13 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     return DeployedRouter(router, manifest.preprocessing.transform(), manifest)
 
 
+def load_policy(folder: FilePath) -> tuple[GatePolicy, FittedExits, RouterManifest]:
+    """What a saved router decides by, without the network that it decides for. Raises as `load_router` does."""
+    manifest = read_manifest(folder)
+    exits = FittedExits.from_bytes(_checked(folder, "exits.safetensors", manifest.files))
+    return policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files)), exits, manifest
+
+
 def read_manifest(folder: FilePath) -> RouterManifest:
     """What a router folder says of itself. Raises StoreError if there is none, or it is of another format."""
     path = folder / MANIFEST

@@ -27,12 +27,20 @@ class DataError(QueeError):
     """A data set that is missing, unreadable or inconsistent; names the file or sample."""
 
 
+class MissingDataError(DataError):
+    """Files of a data set that are not where they are expected."""
+
+
 class BackboneError(QueeError):
     """An unknown backbone, or one that cannot be cut as asked."""
 
 
 class CheckpointError(BackboneError):
     """A weights file that is damaged, unsafe to load, or made for another model."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights that are not where they are expected, or that nobody named."""
 
 
 class QuantizationError(QueeError):

@@ -1,6 +1,7 @@
 """What a sweep will cost before anything runs: cells, edges, time and disk."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +19,16 @@ from quee_core.store import Store
 from quee_core.tables import TOP
 
 QUANTIZATION_OVERHEAD = 1.3  # of a simulated segment over the float one: the bound that the benchmark checks
-TRIAL_IMAGES = 32
+TRIAL_IMAGES = 32  # at most
+TRIAL_PIXELS = 32 * 96 * 96  # at most: of large images fewer tell as much
 ROW_BYTES = 8 + 2 + 2 + 1 + 16  # of a row's plain columns, before compression
 
 
 @dataclass(frozen=True)
 class Estimate:
     """images: by split. seconds: of the walk that is left to do, on the device at hand; calibration, heads, grid and
-    evaluation come on top. bytes: of the tables that it writes, before compression."""
+    evaluation come on top. bytes: of the tables that it writes, before compression. missing: files without which the
+    sweep cannot run."""
 
     images: dict[str, int]
     paths: int
@@ -38,6 +41,7 @@ class Estimate:
     grid_units: int
     seconds: float
     bytes: int
+    missing: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -57,15 +61,16 @@ class Estimate:
         ]
 
 
-def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
+def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Sequence[str] = ()) -> Estimate:
     """Count what `plan` asks for, look up what `store` has, and time one float pass of a few images on `device`.
 
-    Without a calibration and exits in the store no cell can be there, so all count as missing.
+    Without a calibration and exits in the store no cell can be there, so all count as missing; where files are
+    `missing`, as `outline` tells, their keys are not known, and nothing is looked up.
     """
     branches = branches_of(plan)
     total = sum(len(plan.shards(split)) for split in plan.walked) * len(plan.tree.paths)
-    calibration = store.get_artefact("calibration", plan.calibration_key)
-    exits = store.get_artefact("exits", plan.exits_key)
+    calibration = None if missing else store.get_artefact("calibration", plan.calibration_key)
+    exits = None if missing else store.get_artefact("exits", plan.exits_key)
     classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions
     row = ROW_BYTES + 4 * min(classes, TOP) + 2 * dimensions
     left, edge_images, size = 0, 0, 0
@@ -95,6 +100,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
         grid_units=len(grid_units(points, plan.tree)),
         seconds=edge_images * _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD,
         bytes=size,
+        missing=tuple(missing),
     )
 
 
@@ -102,7 +108,9 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device) -> Estimate:
 def _seconds_an_edge(plan: SweepPlan, device: torch.device) -> float:
     """Seconds that one image takes through one segment of average length, in float."""
     backbone = plan.loaded.backbone.to(device)
-    images = torch.zeros(TRIAL_IMAGES, *backbone.image_shape, device=device)
+    _, height, width = backbone.image_shape
+    count = max(1, min(TRIAL_IMAGES, TRIAL_PIXELS // (height * width)))
+    images = torch.zeros(count, *backbone.image_shape, device=device)
     tokens = backbone.stem(images)
     taken = []
     for _ in range(2):  # the first warms up
@@ -113,4 +121,4 @@ def _seconds_an_edge(plan: SweepPlan, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
-    return taken[-1] / TRIAL_IMAGES / backbone.depth
+    return taken[-1] / count / backbone.depth

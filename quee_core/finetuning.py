@@ -119,7 +119,7 @@ def prepare(config: FinetuneConfig) -> Training:
     checkpoint = weights_file(asked.checkpoint, config.dataset.root, config.run.runs)
     model, data_config, start = load_model(
         asked.name, checkpoint=checkpoint, pretrained=asked.pretrained, image_size=asked.image_size,
-        new_classes=len(about.classes), seed=config.training.seed,
+        random_weights=asked.random_weights, new_classes=len(about.classes), seed=config.training.seed,
     )  # fmt: skip
     contents = [(s.part, dataset.fingerprint(s.part, s.positions)) for s in learnt]
     settings = config.model_dump(mode="json", exclude={"run", "name"})

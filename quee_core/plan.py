@@ -16,14 +16,16 @@ from quee_core.costs import edge_bits
 from quee_core.data.datasets import UNLABELLED, ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
+from quee_core.data.published import PUBLISHED, AbsentSet
 from quee_core.data.splits import Selection, SplitName, choose_splits, image_count, subsample
-from quee_core.errors import ConfigError, DataError
+from quee_core.errors import ConfigError, DataError, MissingDataError, MissingWeightsError
 from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
 from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
 from quee_core.quantize.methods import quant_method
 
 WALKED: tuple[SplitName, ...] = ("target", "select", "test")  # of every plan
+RANDOM_WEIGHTS = "random weights: the figures say nothing about the backbone"
 
 # The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
 _CALIBRATION_CODE = (
@@ -205,6 +207,60 @@ def resolve(config: SweepConfig) -> SweepPlan:
     """
     quant_method(config.quantization.method)
     dataset = load_dataset(config.dataset.name, config.dataset.root)
+    return _planned(config, dataset, _load(config, dataset))
+
+
+def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
+    """The plan as far as it can be known without files that are not there, and what is missing and expected where.
+
+    A published data set then stands with its numbers, a backbone with random weights: enough to count and to time, and
+    for nothing else. Nothing is downloaded. Raises as `resolve` does for whatever else does not fit.
+    """
+    quant_method(config.quantization.method)
+    missing: list[str] = []
+    try:
+        dataset = load_dataset(config.dataset.name, config.dataset.root)
+    except MissingDataError as error:
+        if config.dataset.name not in PUBLISHED:
+            raise
+        missing.append(str(error))
+        dataset = AbsentSet(config.dataset.name)
+    try:
+        loaded = _load(config, dataset, offline=True)
+    except MissingWeightsError as error:
+        missing.append(_where(config, str(error)))
+        drawn = config.backbone.model_copy(
+            update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
+        )
+        loaded = _load(config.model_copy(update={"backbone": drawn}), dataset)
+    return _planned(config, dataset, loaded), tuple(missing)
+
+
+def _load(config: SweepConfig, dataset: ImageDataset, *, offline: bool = False) -> LoadedBackbone:
+    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs)
+    check_trained_on(config.dataset, dataset.description.trained_on, checkpoint)
+    return load_backbone(
+        config.backbone.name,
+        exits=config.backbone.exits,
+        checkpoint=checkpoint,
+        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs),
+        num_classes=config.backbone.num_classes,
+        pretrained=config.backbone.pretrained,
+        image_size=config.backbone.image_size,
+        random_weights=config.backbone.random_weights,
+        offline=offline,
+    )
+
+
+def _where(config: SweepConfig, missing: str) -> str:
+    """`missing`, with the other place where a relative checkpoint may lie."""
+    given, root = config.backbone.checkpoint, config.dataset.root
+    if given is None or root is None or FilePath(given).is_absolute():
+        return missing
+    return f"{missing}; expected there, or at {root / given}"
+
+
+def _planned(config: SweepConfig, dataset: ImageDataset, loaded: LoadedBackbone) -> SweepPlan:
     splits, cautions = choose_splits(
         dataset,
         config.dataset.fractions,
@@ -213,17 +269,8 @@ def resolve(config: SweepConfig) -> SweepPlan:
         limit=config.dataset.limit,
         unlabelled=config.dataset.unlabelled,
     )
-    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs)
-    check_trained_on(config.dataset, dataset.description.trained_on, checkpoint)
-    loaded = load_backbone(
-        config.backbone.name,
-        exits=config.backbone.exits,
-        checkpoint=checkpoint,
-        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs),
-        num_classes=config.backbone.num_classes,
-        pretrained=config.backbone.pretrained,
-        image_size=config.backbone.image_size,
-    )
+    if config.backbone.random_weights:
+        cautions = (RANDOM_WEIGHTS, *cautions)
     if loaded.backbone.depth < 2:
         raise ConfigError(
             f"backbone.exits: {list(loaded.backbone.exits)} is one exit, which leaves no gate anything to decide; "

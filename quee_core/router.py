@@ -79,7 +79,7 @@ class Router(nn.Module):
             logits = self.network.logits(look.exit, tokens).float().cpu().numpy()
             sure = np.ones(len(rows), bool)
             if k < len(cascade.thresholds):
-                seen = self._table(look, Answer(logits, np.zeros((len(logits), 1), np.float32)))
+                seen = answer_table(look, Answer(logits, np.zeros((len(logits), 1), np.float32)))
                 sure = confidence_of(seen, [0], cascade.measure)[:, 0] >= cascade.thresholds[k]
             state.take(look, rows[sure], logits[sure])
             taken[rows[sure]] = k
@@ -140,13 +140,17 @@ class Router(nn.Module):
         return groups
 
     def _features(self, gate: Path, answer: Answer) -> NDArray[np.float32]:
-        return self._table(gate, answer).gate_features(gate, self.policy.kinds[gate])
+        return answer_table(gate, answer).gate_features(gate, self.policy.kinds[gate])
 
-    def _table(self, path: Path, answer: Answer) -> Outcomes:
-        # through a table, so that features are rounded as those that predictors and thresholds were fitted to
-        n = len(answer.logits)
-        table = feature_table(np.arange(n), np.zeros(n, np.int16), answer.logits, answer.embedding)
-        return Outcomes.from_tables([(path, table)])
+
+def answer_table(path: Path, answer: Answer) -> Outcomes:
+    """An answer at the end of `path` as a table, so that features are rounded as those that predictors were fitted to.
+
+    Labels, which nobody knows, are 0.
+    """
+    n = len(answer.logits)
+    table = feature_table(np.arange(n), np.zeros(n, np.int16), answer.logits, answer.embedding)
+    return Outcomes.from_tables([(path, table)])
 
 
 class _Answers:

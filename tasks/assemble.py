@@ -43,7 +43,7 @@ def assemble_outcomes(sweep: SweepConfig, folder: FilePath) -> tuple[Assembled, 
     with stage("assemble tables", len(plan.walked), "splits") as work:
         for split in plan.walked:
             outcomes, keys[split] = outcomes_of(plan, store, exits, calibration, split)
-            folders[split] = folder.resolve() / f"{split}-{keys[split][:16]}"
+            folders[split] = folder.resolve() / f"{split}-{keys[split]}"
             if is_saved(folders[split]):
                 work.count(reused=1)
             else:

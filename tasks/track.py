@@ -63,6 +63,17 @@ def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: Fil
     return known, work.timing()
 
 
+def add_figures(sweep: SweepConfig, record: SweepRecord, figures: FilePath) -> str | None:
+    """Log the folder `figures` to the finished run of `record`; its id, None where MLflow knows of none."""
+    uri, artifacts = tracking_of(sweep)
+    with mlflow_faults(uri, f"the figures are in {figures}"):
+        client = client_of(uri)
+        known = _tracked(client, experiment_of(client, record, artifacts), record_digest(record))
+        if known is not None:
+            client.log_artifacts(known, str(figures), f"figures/{figures.name}")
+    return known
+
+
 def _tracked(client: MlflowClient, experiment: str, digest: str) -> str | None:
     """The finished parent run of the same findings, if there is one."""
     runs = client.search_runs(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quee_core.errors import CheckpointError
+from quee_core.errors import CheckpointError, MissingWeightsError
 
 # Where training scripts keep the weights inside a checkpoint; averaged weights first, as timm does.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -28,13 +28,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Reads safetensors, and torch pickles with `weights_only=True`: a file that holds anything but plain tensors and
     containers could run code when loaded, and is refused. Unwraps `state_dict_ema`, `model_ema`, `state_dict` and
     `model` (the first of them that is there), and takes off the prefixes `module.` and `_orig_mod.`.
-    Raises CheckpointError, naming the file, if it is missing, damaged, unsafe, or holds no state dict.
+    Raises CheckpointError, naming the file, if it is damaged, unsafe, or holds no state dict; MissingWeightsError if it
+    is not there.
     """
     try:
         with path.open("rb") as file:
             start = file.read(2)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint file") from None
+        raise MissingWeightsError(f"{path}: no such checkpoint file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     is_pickle = path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80")

@@ -1,7 +1,7 @@
 """Backbones by name: the micro ViTs of quee's own, and every timm model that is a plain `VisionTransformer`."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from quee_core.backbones.segmented import (
     evenly_spaced_exits,
     segment,
 )
-from quee_core.errors import BackboneError, CheckpointError, did_you_mean
+from quee_core.errors import BackboneError, CheckpointError, MissingWeightsError, did_you_mean
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "micro_vit"
 
@@ -34,6 +34,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "micro_vit"
 _TIMM_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "t2t_vit")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_TIMEOUT = 10.0  # seconds
+RANDOM_SEED = 0  # of weights that are drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +118,11 @@ def load_backbone(
     pretrained: bool = False,
     image_size: int | None = None,
     head: Path | None = None,
+    random_weights: bool = False,
     cache_dir: Path | None = None,
     offline: bool = False,
 ) -> LoadedBackbone:
-    """The backbone `name` with trained weights, cut at `exits`.
+    """The backbone `name` with trained weights, or with `random_weights` as it is before training, cut at `exits`.
 
     name: one of `list_backbones`; a timm name may carry its weights' tag: `deit3_small_patch16_224.fb_in1k`.
     exits: blocks that have run at each exit, strictly ascending, the last all of them; by default four, evenly spaced.
@@ -129,16 +131,18 @@ def load_backbone(
     pretrained: take timm's own weights, from the cache of Hugging Face's hub or by download.
     image_size: side of the input in pixels, if not the model's own; a multiple of the patch size.
     head: file of a linear head for a backbone without one (see `attach_head`), which says how many classes there are.
+    random_weights: the architecture's own initialisation instead of any weights, the same in every process.
     cache_dir: the hub's cache, if not the usual one. offline: look in the cache alone.
 
     What can be checked without weights is checked before any are read or fetched.
-    Raises BackboneError for an unknown name, exits that do not cut the backbone, an impossible size or class count, no
-    source of weights or two, or a download that fails; CheckpointError for weights that are damaged or do not fit.
+    Raises BackboneError for an unknown name, exits that do not cut the backbone, an impossible size or class count, or
+    two sources of weights; MissingWeightsError for none, a file that is not there, or a download that fails;
+    CheckpointError for weights that are damaged or do not fit.
     """
     if head is not None and num_classes:
         raise BackboneError(f"{name}: head {head} and num_classes {num_classes}: the file says how many; leave one out")
     model, preprocessing, class_names = _loaded(
-        name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline
+        name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline
     )
     if head is not None:
         if model.num_classes:
@@ -160,13 +164,14 @@ def load_model(
     checkpoint: Path | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
+    random_weights: bool = False,
 ) -> tuple[Any, dict[str, Any], str]:
     """timm's model `name` with trained weights and a new head for `new_classes` classes, to be fine-tuned.
 
     seed: of the new head. The others are as in `load_backbone`, and so is what is raised. Returns the model, timm's
     data config, and the fingerprint of the weights that it starts from.
     """
-    model, preprocessing, _ = _loaded(name, None, checkpoint, 0, pretrained, image_size, None, False)
+    model, preprocessing, _ = _loaded(name, None, checkpoint, 0, pretrained, image_size, random_weights, None, False)
     start = weights_fingerprint(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -211,10 +216,14 @@ def _loaded(
     num_classes: int | None,
     pretrained: bool,
     image_size: int | None,
+    random_weights: bool,
     cache_dir: Path | None,
     offline: bool,
 ) -> tuple[Any, dict[str, Any], tuple[str, ...] | None]:
     """The whole model, timm's data config, and names of its classes where they are known; raises as `load_backbone`."""
+    if random_weights and (pretrained or checkpoint is not None):
+        given = "pretrained weights" if pretrained else f"checkpoint {checkpoint}"
+        raise BackboneError(f"{name}: random weights and {given}: give one of the two")
     if pretrained and checkpoint is not None:
         raise BackboneError(f"{name}: checkpoint {checkpoint} and pretrained weights: give one of the two")
     if num_classes is not None and (num_classes < 0 or num_classes == 1):
@@ -223,11 +232,13 @@ def _loaded(
         raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
     entry = BACKBONES.get(name)
     if entry is not None:
-        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size)
+        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size, random_weights)
         preprocessing = _own_preprocessing(entry, model)
         class_names = entry.class_names if model.num_classes == len(entry.class_names) else None
     else:
-        model = _timm_model(name, exits, checkpoint, num_classes, pretrained, image_size, cache_dir, offline)
+        model = _timm_model(
+            name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline
+        )
         preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
         preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
         class_names = None
@@ -241,18 +252,21 @@ def _own_model(
     checkpoint: Path | None,
     num_classes: int | None,
     image_size: int | None,
+    random_weights: bool,
 ) -> Any:
     options = dict(entry.model_args)
     if num_classes is not None:
         options["num_classes"] = num_classes
     if image_size is not None:
         options["img_size"] = image_size
-    model = micro_vit(**options)
+    model = _drawn(lambda: micro_vit(**options))
     if exits is not None:
         check_exits(exits, len(model.blocks), name)
+    if random_weights:
+        return model
     source = checkpoint or entry.weights
     if source is None:
-        raise BackboneError(f"{name}: quee ships no weights for it; give a checkpoint")
+        raise MissingWeightsError(f"{name}: quee ships no weights for it; give a checkpoint")
     if checkpoint is None and not source.exists():
         raise BackboneError(f"{name}: its weights {source} are missing from this installation; reinstall quee")
     _load_file(model, source)
@@ -277,12 +291,13 @@ def _timm_model(
     num_classes: int | None,
     pretrained: bool,
     image_size: int | None,
+    random_weights: bool,
     cache_dir: Path | None,
     offline: bool,
 ) -> Any:
     published = _published(name)
-    if not pretrained and checkpoint is None:
-        raise BackboneError(f"{name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
+    if not pretrained and checkpoint is None and not random_weights:
+        raise MissingWeightsError(f"{name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
     if pretrained and num_classes not in (None, 0, published.num_classes):
         raise BackboneError(
             f"{name}: num_classes {num_classes} does not fit the pretrained head, which has {published.num_classes} "
@@ -297,12 +312,21 @@ def _timm_model(
         check_exits(exits, len(skeleton.blocks), name)
     if image_size is not None and (patch := _indivisible_by(skeleton)):
         raise BackboneError(f"{name}: image_size {image_size} is not a multiple of its patch size {patch}")
+    if random_weights:
+        return _drawn(lambda: timm.create_model(name, **options))
     if checkpoint is not None:
         model = timm.create_model(name, **options)
         _load_file(model, checkpoint)
         return model
     file = _fetch(name, published, cache_dir, offline)
     return _load_published(name, options, file)
+
+
+def _drawn(make: Callable[[], nn.Module]) -> Any:
+    """A model as it is initialised from `RANDOM_SEED`, torch's generator being left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return make()
 
 
 def _load_file(model: Any, source: Path) -> None:
@@ -330,7 +354,7 @@ def _fetch(name: str, published: PretrainedCfg, cache_dir: Path | None, offline:
         where = (
             f"only at {published.url}: download them, and give the file as a checkpoint" if published.url else "nowhere"
         )
-        raise BackboneError(f"{name}: timm's weights are on no hub, {where}")
+        raise MissingWeightsError(f"{name}: timm's weights are on no hub, {where}")
     repository, _, tag = hub.partition("@")
     revision = tag or None
     filenames = [published.hf_hub_filename] if published.hf_hub_filename else list(_HUB_FILES)
@@ -353,7 +377,7 @@ def _fetch(name: str, published: PretrainedCfg, cache_dir: Path | None, offline:
         except Exception as error:  # the hub, its HTTP client and the disk each raise families of their own
             reason = _first_line(error)
             break
-    raise BackboneError(
+    raise MissingWeightsError(
         f"{name}: cannot get the pretrained weights of {repository} ({reason}): run once with a network, "
         "or give a checkpoint file"
     )

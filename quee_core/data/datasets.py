@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from quee_core.errors import ConfigError, DataError, did_you_mean
+from quee_core.errors import ConfigError, DataError, MissingDataError, did_you_mean
 
 TrainedOn = Literal["none", "train", "unknown"]
 UNLABELLED: Final = "unlabelled"  # part, and split, of the images whose class nobody has written down
@@ -86,11 +86,11 @@ def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[
 
 
 def require_root(root: Path | None, name: str, expected: str) -> Path:
-    """The folder of a data set's files. Raises DataError if it was not given or is not there."""
+    """The folder of a data set's files. Raises MissingDataError if it was not given or is not there."""
     if root is None:
-        raise DataError(f"data set {name}: needs a folder; give --data-root or dataset.root ({expected})")
+        raise MissingDataError(f"data set {name}: needs a folder; give --data-root or dataset.root ({expected})")
     if not root.is_dir():
-        raise DataError(f"data set {name}: folder {root} is missing; expected there: {expected}")
+        raise MissingDataError(f"data set {name}: folder {root} is missing; expected there: {expected}")
     return root
 
 

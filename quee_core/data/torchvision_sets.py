@@ -21,7 +21,7 @@ from torchvision import datasets
 from quee_core.data.datasets import DatasetDescription, ImageDataset, check_labels
 from quee_core.data.decoding import decode
 from quee_core.data.folder_set import path_ids, read_image_file
-from quee_core.errors import DataError
+from quee_core.errors import DataError, MissingDataError
 
 DIGITS = tuple("0123456789")
 IMAGENET_META = "meta.bin"
@@ -174,7 +174,7 @@ def _imagenet(root: Path) -> TorchvisionSet:
         kept for kept, archive in IMAGENET_ARCHIVES.items() if not any((root / f).exists() for f in (kept, archive))
     ]
     if absent:
-        raise DataError(
+        raise MissingDataError(
             f"data set imagenet: {root} lacks "
             + " and ".join(f"{kept} (or {IMAGENET_ARCHIVES[kept]})" for kept in absent)
             + "; expected there: meta.bin as torchvision writes it, and the folders train and val with a folder for "
@@ -205,7 +205,7 @@ def _imagenet(root: Path) -> TorchvisionSet:
 
 def _require_files(name: str, root: Path, files: list[Path]) -> None:
     if absent := [file for file in files if not file.is_file()]:
-        raise DataError(
+        raise MissingDataError(
             f"data set {name}: {absent[0]} is missing"
             + (f" (and {len(absent) - 1} more)" if len(absent) > 1 else "")
             + f"; expected under {root}: {', '.join(str(file.relative_to(root)) for file in files)}"
