@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from quee_core.fixed_point import sigmoid
 from quee_core.predictors.base import prior_logits
@@ -30,7 +31,10 @@ class Regression:
         spread[spread < 1e-9] = np.inf
         offset = prior_logits(wanted)
         rows = np.column_stack([(values - mean) / spread, np.ones(len(values))])
-        weights = _newton(rows, wanted, offset)
+        with threadpool_limits(
+            limits=1, user_api="blas"
+        ):  # its products are small; the number of threads must not show
+            weights = _newton(rows, wanted, offset)
         weights[-1] += offset
         return cls(mean, spread, weights)
 
