@@ -107,7 +107,7 @@ class Run:
         )
         spent = time.perf_counter() - started
         decisions, costs = rule_decisions(rules, self.priced.table, tree, test)
-        return measured(decisions, test, costs), spent
+        return measured(decisions, test.errors, costs), spent
 
     def thresholds(self, tuning: Outcomes) -> Timed:
         """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""

@@ -388,6 +388,12 @@ def print_record(record: SweepRecord, console: Console) -> None:
         f"the cheapest path costs {record.cheapest_cost:.3f}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if record.baselines:
+        needs = ", ".join(f"{own.method} {own.trainings} in {own.seconds:.1f} s" for own in record.baselines)
+        console.print(
+            f"baselines, by the labels of {record.baselines[0].labels} images; trainings, and time to fit: {needs}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if failed := [row for row in record.grid if row.failure is not None]:
         console.print(
             f"note: {len(failed)} of {len(record.grid)} grid points could not be fitted; the first, "

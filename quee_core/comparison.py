@@ -108,7 +108,7 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     config = parse_config(record.config, source=f"{folder}: settings in its record")
     priced = PricedTree.of(table.without_gates(), policy.tree)
     shipped = [point.as_shipped() for point in deployed.manifest.points]
-    fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation.seed)
+    fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation)
     test, tree = outcomes[2], policy.tree
     whole = full_cost(table, tree)
     return RunFronts(
@@ -124,7 +124,8 @@ def compare(
 ) -> list[Comparison]:
     """One comparison for each data set and backbone among `runs`, in the order of their first run.
 
-    against: runs whose best baseline is compared with too, at absolute cost.
+    against: runs whose best baseline is compared with too, at absolute cost. Baselines that not all runs ask for are
+    left out.
     Raises ConfigError for no runs, for runs of one data set that differ in test images, bit-widths or the unit of cost,
     and for one `against` that no run matches.
     """
@@ -150,7 +151,7 @@ def _compared(runs: Sequence[RunFronts], against: Sequence[RunFronts], resamples
             if one != other:
                 raise ConfigError(f"runs {first.name} and {run.name}: {what} {one} and {other}; want the same")
     low = max(run.low for run in runs)
-    methods = list(first.fronts)
+    methods = [name for name in first.fronts if all(name in run.fronts for run in (*runs, *against))]
     others = [name for name in methods if name != QUEE]
     baselines = [name for name in others if first.kinds[name] == "baseline"]
     volumes = {

@@ -18,6 +18,10 @@ from quee_core.redaction import WITHOUT_LOGIN, without_secrets
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+BaselineName = Literal[
+    "static", "threshold", "random", "jei-dnn", "boosted", "l2w-style", "maqee-style", "eenet-style", "eefp", "oracle"
+]
+
 SECRET_FAULT = "credentials"  # begins the fault whose input is not shown
 # settings of earlier versions, and what there is instead
 FORMER = {"run.shards": "say run.shard_images instead, how many images a shard has"}
@@ -293,6 +297,10 @@ class EvaluationConfig(Section):
     budgets: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = Field(
         None,
         description="Relative costs; by default seven between the cheapest path's and 1, denser where it is cheap.",
+    )
+    baselines: Annotated[tuple[BaselineName, ...], Field(min_length=1)] = Field(
+        get_args(BaselineName),
+        description="What quee is compared with (docs/method.md); all, by default. oracle is a bound, no rival.",
     )
     resamples: int = Field(2000, ge=100, description="Bootstrap resamples.")
     seed: int = Field(0, ge=0, description="Seed of the bootstrap and of the random exits.")

@@ -1,18 +1,19 @@
 """From outcome tables and fitted gates to what the report shows: fronts, budgets, shares, calibration (design, 11).
 
-Thresholds are tuned on `target` and `select`, predictors fitted on `target` and chosen on `select`; `test` is only
-measured. All comparisons are paired: the same test
+Baselines are fitted and tuned on `target` and `select`, predictors fitted on `target` and chosen on `select`; `test` is
+only measured. All comparisons are paired: the same test
 images, the same costs, the same resamples.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.baselines import BASELINES, BaselineData, PolicyPair
-from quee_core.config import EvaluationConfig
+from quee_core.config import BaselineName, EvaluationConfig
 from quee_core.costs import CostTable, full_cost, path_costs, relative
 from quee_core.fronts import (
     Decisions,
@@ -31,6 +32,7 @@ from quee_core.paths import ROOT, Path, PathTree
 from quee_core.policy import GatePolicy
 from quee_core.predictors.quality import brier, expected_calibration_error, reliability_bins, rmse
 from quee_core.record import (
+    BaselineNeeds,
     BudgetRow,
     CalibrationRecord,
     DropRow,
@@ -76,12 +78,13 @@ class PricedTree:
 class MeasuredFront:
     """One method: operating points chosen without a look at `test`, and measured on it.
 
-    cost: float64 [points], ascending where they were chosen. correct: bool [points, n].
+    cost: float64 [points], ascending where they were chosen. correct: bool [points, n]. needs: what a baseline took.
     """
 
     decisions: Decisions
     cost: NDArray[np.float64]
     correct: NDArray[np.bool_]
+    needs: BaselineNeeds | None = None
 
 
 def gate_decisions(
@@ -93,16 +96,17 @@ def gate_decisions(
 
 
 def measure(pair: PolicyPair, select: Outcomes, test: Outcomes) -> MeasuredFront:
-    """Choose operating points on `select`, and measure those alone on `test`."""
-    chosen = choose_points(*operating_points(pair.select, select.errors, pair.costs))
+    """Choose operating points on `select`, and measure those alone on `test`; answers of its own count as its own."""
+    on_select, on_test = pair.errors or (select.errors, test.errors)
+    chosen = choose_points(*operating_points(pair.select, on_select, pair.costs))
     costs = np.broadcast_to(pair.costs, (len(pair.test.settings), test.errors.shape[1]))
-    return measured(pair.test.take(chosen), test, costs[chosen])
+    return measured(pair.test.take(chosen), on_test, costs[chosen])
 
 
-def measured(decisions: Decisions, test: Outcomes, costs: NDArray[np.float64]) -> MeasuredFront:
-    """The front of decisions that were chosen elsewhere; costs as `operating_points` takes them."""
-    cost, _ = operating_points(decisions, test.errors, costs)
-    return MeasuredFront(decisions, cost, correctness(decisions, test.errors))
+def measured(decisions: Decisions, errors: NDArray[np.bool_], costs: NDArray[np.float64]) -> MeasuredFront:
+    """The front of decisions chosen elsewhere, by `errors` on `test`; costs as `operating_points` takes them."""
+    cost, _ = operating_points(decisions, errors, costs)
+    return MeasuredFront(decisions, cost, correctness(decisions, errors))
 
 
 def select_hypervolume(decisions: Decisions, outcomes: Outcomes, costs: NDArray[np.float64], low: float) -> float:
@@ -114,11 +118,28 @@ def select_hypervolume(decisions: Decisions, outcomes: Outcomes, costs: NDArray[
 
 
 def baseline_fronts(
-    priced: PricedTree, tuning: Outcomes, test: Outcomes, prices: NDArray[np.float64], seed: int
+    priced: PricedTree,
+    tuning: tuple[Outcomes, ...],
+    test: Outcomes,
+    prices: NDArray[np.float64],
+    seed: int,
+    names: Sequence[BaselineName] = tuple(BASELINES),
 ) -> dict[str, MeasuredFront]:
-    """Every baseline of the registry, tuned on `tuning` and measured on `test`."""
-    data = BaselineData(priced.tree, priced.final, priced.every, tuning, test, seed)
-    return {name: measure(fit(data, prices), tuning, test) for name, fit in BASELINES.items()}
+    """Every baseline of `names`, fitted and tuned on all of `tuning`, and measured on `test`; how long it took, too."""
+    joined = Outcomes.joined_answers(tuning)
+    data = BaselineData(priced.tree, priced.final, priced.every, joined, test, seed, tuning)
+    fronts: dict[str, MeasuredFront] = {}
+    for name in (name for name in BASELINES if name in names):
+        started = time.perf_counter()
+        pair = BASELINES[name](data, prices)
+        seconds = time.perf_counter() - started
+        own = None
+        if pair.test.kind == "baseline":
+            own = BaselineNeeds(
+                method=name, labels=joined.images, trainings=pair.trainings, trained=pair.trained, seconds=seconds
+            )
+        fronts[name] = replace(measure(pair, joined, test), needs=own)
+    return fronts
 
 
 def all_fronts(
@@ -128,21 +149,21 @@ def all_fronts(
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
     prices: NDArray[np.float64],
-    seed: int,
+    settings: EvaluationConfig,
 ) -> dict[str, MeasuredFront]:
-    """Quee's front, that of its gates alone, and every baseline's, measured on `test`.
+    """Quee's front, that of its gates alone, and that of every baseline of `settings`, measured on `test`.
 
-    gates: what the policy's decisions cost, absolute, root first. outcomes: target, select and test; baselines may tune
-    on the first two.
+    gates: what the policy's decisions cost, absolute, root first. outcomes: target, select and test; baselines may use
+    the first two.
     """
     target, select, test = outcomes
     costs = priced.gated(gates)
     on_select, on_test = (gate_decisions(policy, costs, prices, split) for split in (select, test))
     ours, own = rule_decisions(shipped, priced.table, priced.tree, test, GateFront(on_test, costs), method=QUEE)
     return {
-        QUEE: measured(ours, test, own),
+        QUEE: measured(ours, test.errors, own),
         GATES: measure(PolicyPair(on_select, on_test, costs), select, test),
-    } | baseline_fronts(priced, Outcomes.joined_answers([target, select]), test, prices, seed)
+    } | baseline_fronts(priced, (target, select), test, prices, settings.seed, settings.baselines)
 
 
 def budgets_of(settings: EvaluationConfig, low: float) -> tuple[float, ...]:
@@ -183,6 +204,11 @@ def front_records(
             )
         )
     return tuple(records)
+
+
+def baseline_needs(fronts: Mapping[str, MeasuredFront]) -> tuple[BaselineNeeds, ...]:
+    """What each baseline took, in the order of the fronts."""
+    return tuple(front.needs for front in fronts.values() if front.needs is not None)
 
 
 def budget_rows(fronts: Mapping[str, MeasuredFront], settings: EvaluationConfig, low: float) -> tuple[BudgetRow, ...]:

@@ -44,6 +44,16 @@ class FrontRecord(Frozen):
     hypervolume_gain_high: float | None
 
 
+class BaselineNeeds(Frozen):
+    """What it takes to have a baseline's front, tables given."""
+
+    method: str
+    labels: int  # images whose labels it was fitted, tuned and chosen by
+    trainings: int  # of models or sets of gates, each for itself; 0 where thresholds or less are all there is
+    trained: str  # what those are
+    seconds: float  # to fit, tune and choose it, on the machine of the evaluation
+
+
 class BudgetRow(Frozen):
     """QuEE at one budget, by time-sharing of its two neighbouring points, against the best baseline there."""
 
@@ -166,6 +176,7 @@ class SweepRecord(Frozen):
     splits: dict[str, int]  # images
     cautions: tuple[str, ...]  # what a reader must know before trusting the figures
     fronts: tuple[FrontRecord, ...]
+    baselines: tuple[BaselineNeeds, ...] = ()  # none in records of before there was this field
     budgets: tuple[BudgetRow, ...]
     drops: tuple[DropRow, ...]
     shares: tuple[ShareRow, ...]

@@ -66,7 +66,7 @@ def read_record(path: Path) -> SweepRecord:
 
 def record_digest(record: SweepRecord) -> str:
     """Fingerprint of what a sweep found, whenever and however fast it found it, and whatever the passwords were."""
-    return fingerprint(redacted(record.model_dump(mode="json", exclude={"created", "timings"})))
+    return fingerprint(redacted(record.model_dump(mode="json", exclude={"created", "timings", "baselines"})))
 
 
 def write_registration(registration: Registration, folder: Path) -> None:

@@ -15,6 +15,7 @@ from quee_core.evaluation import (
     PricedTree,
     absolute_full_cost,
     all_fronts,
+    baseline_needs,
     budget_rows,
     budgets_of,
     calibration_records,
@@ -39,7 +40,7 @@ from quee_core.tables import Outcomes
 
 _EVALUATION_CODE = (
     "quee_core.evaluation", "quee_core.gates", "quee_core.fronts", "quee_core.summary", "quee_core.shipping",
-    "quee_core.cascades", "quee_core.thresholds", "quee_core.teacher",
+    "quee_core.cascades", "quee_core.thresholds", "quee_core.teacher", "quee_core.baselines",
 )  # fmt: skip
 GateCosts = Callable[[GridPoint, GatePolicy], tuple[float, ...]]  # per exit, root first, in the cost table's unit
 
@@ -118,7 +119,7 @@ def summarise(
     target, _, test = outcomes
     prices = config.prices.grid()
     low = float(priced.final.min())
-    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, settings.seed)
+    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, settings)
     budgets = budget_rows(fronts, settings, low)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[plan.tree.full_path]].mean())
     classes = plan.dataset.description.classes
@@ -144,6 +145,7 @@ def summarise(
         splits=dict(plan.images),
         cautions=plan.cautions + unreached_budgets(budgets_of(settings, low), budgets, low),
         fronts=front_records(fronts, low, settings),
+        baselines=baseline_needs(fronts),
         budgets=budgets,
         drops=drop_rows(fronts, full_accuracy),
         shares=share_rows(fronts[QUEE], plan.tree, test, classes),

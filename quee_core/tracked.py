@@ -70,7 +70,7 @@ def metrics_of(record: SweepRecord) -> list[tuple[str, float, int]]:
 
 
 def tables_of(record: SweepRecord) -> dict[str, Sequence[Row]]:
-    """Rows of each table by its name: operating points of all fronts, budgets, drops, grid, pieces and their cost."""
+    """Rows of each table by its name: points of all fronts, budgets, drops, baselines, grid, pieces and their cost."""
     points = [
         {"method": front.method, "kind": front.kind, **point.model_dump(), "absolute_cost": point.cost * whole}
         for whole in [record.full_cost]
@@ -81,6 +81,7 @@ def tables_of(record: SweepRecord) -> dict[str, Sequence[Row]]:
     return {
         "fronts": points, "budgets": _rows(record.budgets), "drops": _rows(record.drops), "grid": grid,
         "segment_costs": _rows(record.segment_costs), "uniform_paths": _rows(record.uniform_accuracies),
+        "baselines": _rows(record.baselines),
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from quee_core.fronts import (
 from quee_core.paths import ROOT, PathTree
 from quee_core.predictors.quality import brier, expected_calibration_error, reliability_bins, rmse
 from quee_core.record import (
+    BaselineNeeds,
     BudgetRow,
     CalibrationRecord,
     DropRow,
@@ -150,6 +151,10 @@ def build_record(world: World, class_names: Sequence[str], *, noise: float = 0.1
         ),
         fronts=tuple(_front_record(m, f, volumes) for m, f in fronts.items()),
         budgets=_budgets(fronts),
+        baselines=tuple(
+            BaselineNeeds(method=m, labels=6000, trainings=3 * k, trained="a thing <for> each λ", seconds=0.5 + k)
+            for k, m in enumerate(m for m, f in fronts.items() if f.decisions.kind == "baseline")
+        ),
         drops=tuple(
             DropRow(drop=d, method=m, cost=cost_at_drop(f.cost, f.correct.mean(axis=1), full, d))
             for d in (0.0, 0.005, 0.01, 0.02) for m, f in fronts.items() if f.decisions.kind != "bound"

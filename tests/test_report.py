@@ -26,6 +26,7 @@ from quee_core.report import figures, palette
 from quee_core.report.page import render
 from quee_core.report.summary import closest_rival, summarise
 from quee_core.report.wording import duration, interval, percent, points, quantity
+from quee_core.runs import record_digest
 from tests import sweep_records
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
@@ -279,6 +280,23 @@ def test_page_shows_everything_that_the_record_holds() -> None:
     ]
     wanted += [percent(u.cost) for u in record.uniform_accuracies] + list(record.config)
     assert [text for text in wanted if text not in shown] == []
+
+
+def test_the_page_says_what_each_baseline_needs() -> None:
+    record = sweep_records.realistic_record()
+    page = render(record)
+    for own in record.baselines:
+        row = f"<td>{own.labels:,}</td><td>{own.trainings:,}</td><td>{own.seconds:.1f} s</td>"
+        assert row + "<td>a thing &lt;for&gt; each λ</td>" in page
+    assert "What each baseline needs" not in render(record.model_copy(update={"baselines": ()}))
+
+
+def test_records_of_before_there_were_such_needs_are_read_and_time_changes_no_digest() -> None:
+    record = sweep_records.realistic_record()
+    older = SweepRecord.model_validate(record.model_dump(mode="json", exclude={"baselines"}))
+    assert older.baselines == ()
+    assert record.baselines
+    assert record_digest(older) == record_digest(record)
 
 
 def test_rendering_twice_gives_the_same_page() -> None:

@@ -87,7 +87,7 @@ def test_second_looks_are_taken_where_they_help() -> None:
             CHEAP_STEM, TREE, target, select, None, PRICES, 0, max_looks=max_looks, teacher_share=0
         )  # a teacher would look at the answers that these errors were not made of
         decisions, costs = rule_decisions(rules, CHEAP_STEM, TREE, test)
-        front = measured(decisions, test, costs)
+        front = measured(decisions, test.errors, costs)
         return hypervolume_per_image(front.cost, front.correct, low)
 
     gain = volume(3) - volume(1)
@@ -125,7 +125,7 @@ def test_it_is_not_behind_thresholds_on_images_like_those_it_was_tuned_on() -> N
     tuning = Outcomes.joined_answers([TARGET, SELECT])
     rival = measure(BASELINES["threshold"](BaselineData(TREE, final, every, tuning, TEST, 0), PRICES), tuning, TEST)
     decisions, costs = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
-    own = measured(decisions, TEST, costs)
+    own = measured(decisions, TEST.errors, costs)
     gain = hypervolume_per_image(own.cost, own.correct, float(final.min())) - hypervolume_per_image(
         rival.cost, rival.correct, float(final.min())
     )
@@ -207,7 +207,7 @@ def test_unlabelled_images_make_up_for_labels() -> None:
 
     def volume(rules: tuple[Shipped, ...]) -> float:
         decisions, costs = rule_decisions(rules, CHEAP_STEM, TREE, test)
-        front = measured(decisions, test, costs)
+        front = measured(decisions, test.errors, costs)
         return float(hypervolume_per_image(front.cost, front.correct, low).mean())
 
     alone, helped, known = [], [], []

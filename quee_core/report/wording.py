@@ -6,7 +6,10 @@ from typing import Literal
 Outcome = Literal["better", "worse", "undecided"]
 
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-METHODS = {"quee": "QuEE", "gates": "QuEE’s gates alone", "jei-dnn": "JEI-DNN"}
+METHODS = {
+    "quee": "QuEE", "gates": "QuEE’s gates alone", "jei-dnn": "JEI-DNN", "l2w-style": "L2W-style",
+    "maqee-style": "MAQEE-style", "eenet-style": "EENet-style", "eefp": "EEFP",
+}  # fmt: skip
 DASH = "–"
 
 

@@ -1,0 +1,204 @@
+"""L2W-style: heads trained on images weighted by which exit they are likely to leave at.
+
+Published: Han, Pu, Lai, Wang, Song, Cao, Huang, Deng, Huang, "Learning to weight samples for dynamic early-exiting
+networks", ECCV 2022 (arXiv 2209.08310). The same here: a small network turns an image's losses at all exits into its
+weight at each, 1 + 0.8 tanh; on one half of a batch, weighted by it, the heads take a pretended step; on the other half
+each exit's share of the images, the most confident of those that are left, counts for that exit alone, and what they
+lose after the pretended step teaches the weight network; then the heads take the step on the whole batch. Shares fall
+by a factor of 0.75 an exit. What differs: the backbone is frozen, and tables hold neither its tokens nor heads' inputs.
+What is trained is a correction of each head: a linear map of the stored embedding (PCA of the pooled tokens) and a
+temperature, added to the stored log-probabilities. Heads learn from `target` and `select`, which the backbone and the
+heads of the tables have not seen; so that thresholds are tuned on answers to new images, those of either half come from
+heads trained on the other, and those of `test` from heads trained on both. Corrections are free here, which errs in
+their favour.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quee_core.baselines.answers import answered, confidences, log_probabilities
+from quee_core.baselines.data import BaselineData, PolicyPair
+from quee_core.baselines.ladders import LadderAnswers, LadderPolicy, ladder_pair, replaced_errors, threshold_policies
+from quee_core.tables import Outcomes
+
+EPOCHS = 8
+BATCH = 512
+LEARNING_RATE = 0.05  # SGD's, of the corrections, with momentum; falls to 0
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-3
+META_LEARNING_RATE = 1e-3  # Adam's, of the weight network
+HIDDEN = 64
+RANGE = 0.8  # weights lie in 1 +- this
+FALLING = 0.75  # share of an exit over that of the exit before
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """n images at L exits: log_p float32 [n, L, classes], embedding float32 [n, L, d], labels int64 [n]."""
+
+    log_p: Tensor
+    embedding: Tensor
+    labels: Tensor
+
+    def take(self, rows: Tensor) -> "Seen":
+        """The images at `rows`."""
+        return Seen(self.log_p[rows], self.embedding[rows], self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Corrections:
+    """What is added to each head: scale [L], weight [L, d, classes], bias [L, classes]. Nothing, as `none` gives it."""
+
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def none(cls, exits: int, dimensions: int, classes: int) -> "Corrections":
+        """Of heads that stay as they are."""
+        return cls(torch.ones(exits), torch.zeros(exits, dimensions, classes), torch.zeros(exits, classes))
+
+    @property
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Every parameter."""
+        return self.scale, self.weight, self.bias
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """Logits float32 [n, L, classes]."""
+        moved = torch.einsum("nld,ldc->nlc", seen.embedding, self.weight)
+        return seen.log_p * self.scale[:, None] + moved + self.bias
+
+
+def weighted_heads(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair:
+    """Thresholds on the answers of corrected heads, tuned as `threshold` tunes them. Raises as that does."""
+    policies: list[LadderPolicy] = []
+    own: dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+    half = np.random.default_rng([data.seed, data.select.images]).permutation(data.select.images) % 2 == 0
+    for bits in data.tree.bits:
+        ladder = data.ladder(bits)
+        on_select, on_test = _seen(data, ladder)
+        logits = torch.empty_like(on_select.log_p)
+        for held in map(torch.from_numpy, (half, ~half)):
+            logits[held] = train_corrections(on_select.take(~held), data.seed)(on_select.take(held))
+        final = train_corrections(on_select, data.seed)(on_test)
+        select, test = _answers(logits, data.select, ladder), _answers(final, data.test, ladder)
+        own |= {p: (select.errors[:, k], test.errors[:, k]) for k, p in enumerate(ladder)}
+        policies += threshold_policies(f"{bits} bits", data.every, ladder, select, test, prices)
+    return ladder_pair(
+        "l2w-style", data, policies, errors=replaced_errors(data, own), trainings=3 * len(data.tree.bits),
+        trained="a correction of every head, and the weight network, for each bit-width, on both halves and on all",
+    )  # fmt: skip
+
+
+def train_corrections(seen: Seen, seed: int) -> Corrections:
+    """Corrections of all heads, trained together with the network that weighs their images."""
+    n, exits, classes = seen.log_p.shape
+    heads = Corrections.none(exits, seen.embedding.shape[2], classes)
+    if n < 4:
+        return heads
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad():
+        weigher = _weigher(exits, generator)
+        for parameter in heads.all:
+            parameter.requires_grad_(True)
+        teach = torch.optim.Adam(weigher.parameters(), lr=META_LEARNING_RATE)
+        step = torch.optim.SGD(heads.all, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, EPOCHS * -(-n // BATCH))
+        for _ in range(EPOCHS):
+            for rows in torch.split(torch.randperm(n, generator=generator), BATCH):
+                if len(rows) >= 4:
+                    batch = seen.take(rows)
+                    _teach(weigher, teach, heads, batch, float(schedule.get_last_lr()[0]))
+                    step.zero_grad()
+                    torch.autograd.backward(_weighted_loss(weigher, heads, batch, teaching=False) + _decay(heads))
+                    step.step()
+                schedule.step()
+    return Corrections(*(parameter.detach() for parameter in heads.all))
+
+
+def image_shares(logits: Tensor) -> Tensor:
+    """Which exit each image counts for, one-hot bool [n, L]: its share of the most confident of those that are left."""
+    n, exits, _ = logits.shape
+    share = FALLING ** torch.arange(exits, dtype=torch.float64)
+    counts = torch.floor(n * share / share.sum()).long().tolist()
+    confidence = logits.softmax(dim=2).amax(dim=2)
+    counted = torch.zeros(n, exits, dtype=torch.bool)
+    left = torch.arange(n)
+    for k in range(exits - 1):
+        order = torch.argsort(confidence[left, k], descending=True, stable=True)
+        counted[left[order[: counts[k]]], k] = True
+        left = left[order[counts[k] :]]
+    counted[left, exits - 1] = True
+    return counted
+
+
+def _teach(
+    weigher: nn.Module, teach: torch.optim.Optimizer, heads: Corrections, batch: Seen, learning_rate: float
+) -> None:
+    """One step of the weight network: by what the heads would lose on other images after a step under its weights."""
+    middle = len(batch.labels) // 2
+    first, second = batch.take(torch.arange(middle)), batch.take(torch.arange(middle, len(batch.labels)))
+    loss = _weighted_loss(weigher, heads, first, teaching=True)
+    slopes = torch.autograd.grad(loss, heads.all, create_graph=True)
+    pretended = Corrections(*(p - learning_rate * g for p, g in zip(heads.all, slopes, strict=True)))
+    logits = pretended(second)
+    counted = image_shares(logits.detach())
+    teach.zero_grad()
+    torch.autograd.backward(
+        (_losses(logits, second.labels) * counted).sum() / len(counted), inputs=list(weigher.parameters())
+    )
+    teach.step()
+
+
+def _weighted_loss(weigher: nn.Module, heads: Corrections, batch: Seen, *, teaching: bool) -> Tensor:
+    losses = _losses(heads(batch), batch.labels)
+    weights = 1 + RANGE * torch.tanh(weigher(losses.detach()))
+    return ((weights if teaching else weights.detach()) * losses).sum(dim=1).mean()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image at each exit, float32 [n, L]."""
+    return functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
+
+
+def _decay(heads: Corrections) -> Tensor:
+    """Pulls corrections towards none."""
+    return WEIGHT_DECAY / 2 * ((heads.scale - 1).square().sum() + heads.weight.square().sum())
+
+
+def _weigher(exits: int, generator: torch.Generator) -> nn.Module:
+    """Losses at all exits to weights at all exits; the last layer starts at 0, so that all weights start at 1."""
+    first, last = nn.Linear(exits, HIDDEN), nn.Linear(HIDDEN, exits)
+    with torch.no_grad():
+        first.weight.copy_(torch.randn(HIDDEN, exits, generator=generator) * (2 / exits) ** 0.5)
+        for zeros in (first.bias, last.weight, last.bias):
+            zeros.zero_()
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+def _seen(data: BaselineData, ladder: list[int]) -> tuple[Seen, Seen]:
+    """What `select` and `test` hold along the paths at `ladder`; embeddings scaled as they spread on `select`."""
+    pairs = [data.embeddings(position) for position in ladder]
+    scales = [np.maximum(select.std(), 1e-6) for select, _ in pairs]
+    found = []
+    for which, outcomes in enumerate((data.select, data.test)):
+        log_p = np.stack([log_probabilities(outcomes, position, data.classes) for position in ladder], axis=1)
+        embedding = np.stack([pair[which] / scale for pair, scale in zip(pairs, scales, strict=True)], axis=1)
+        found.append(Seen(*map(torch.from_numpy, (log_p, embedding, outcomes.labels.astype(np.int64)))))
+    return found[0], found[1]
+
+
+def _answers(logits: Tensor, outcomes: Outcomes, ladder: list[int]) -> LadderAnswers:
+    values = logits.numpy()
+    said = [answered(values[:, k], outcomes.predicted[:, position]) for k, position in enumerate(ladder)]
+    sure = [confidences(values[:, k]) for k in range(len(ladder) - 1)]
+    measures = confidences(values[:, 0])
+    return LadderAnswers(
+        np.stack(said, axis=1) != outcomes.labels[:, None],
+        {m: np.stack([each[m] for each in sure], axis=1) if sure else np.empty((outcomes.images, 0)) for m in measures},
+    )
