@@ -157,7 +157,7 @@ def class_shares(tables: FinishedTables, point: OperatingPoint) -> tuple[ShareRo
         decisions = gate_decisions(tables.policy, tables.costs, np.array([rule.price]), tables.test)
         gates = GateFront(decisions, tables.costs)
     chosen, costs = rule_decisions([point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates)
-    return share_rows(measured(chosen, tables.test, costs), tables.tree, tables.test, tables.record.class_names)
+    return share_rows(measured(chosen, tables.test.errors, costs), tables.tree, tables.test, tables.record.class_names)
 
 
 def walk_of_image(tables: FinishedTables, price: float, sample_id: int | None = None) -> tuple[Walk, int]:
