@@ -16,6 +16,7 @@ from typing import NoReturn
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from rich.console import Console
 
 from flows.messages import farewell
 from quee_core.errors import QueeError, ServerUnreachableError
@@ -39,8 +40,11 @@ def ending_without_server() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if watch.silent() > 2 * INTERVAL:
-            _end(watch.fault() if isinstance(error, Exception) and not isinstance(error, QueeError) else error)
+        if watch.silent() > 2 * INTERVAL:  # else the process would wait for minutes at its end
+            if isinstance(error, QueeError) or not isinstance(error, Exception):
+                _end(error)
+            if _is_lost_server(error):
+                _end(watch.fault())
         raise
     finally:
         watch.over.set()
@@ -78,8 +82,21 @@ class _Watch(Thread):
                     _end(stopped or self.fault())
 
 
+def _is_lost_server(error: BaseException) -> bool:
+    """Whether `error` arose where a server did not answer."""
+    behind, seen = [error], set[int]()
+    while behind:
+        at = behind.pop()
+        if isinstance(at, httpx.TransportError):
+            return True
+        seen.add(id(at))
+        behind += [e for e in (at.__context__, at.__cause__) if e is not None and id(e) not in seen]
+    return False
+
+
 def _end(error: BaseException) -> NoReturn:
     line, code = farewell(error)
+    Console().show_cursor(True)  # which a progress display has hidden
     print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -66,16 +66,17 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
 
 def _check_free(host: str, port: int, name: str) -> None:
     """End with a line if a server listens there already: it would answer in the place of ours."""
-    [(family, kind, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no hindrance
-        try:
+    try:
+        [(family, kind, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no hindrance
             probe.bind(address)
-        except OSError as error:
-            sys.exit(
-                f"error: port {port} of {host}: {(error.strerror or str(error)).lower()}; end what listens there, or "
-                f'choose another: make ui ARGS="--{name}-port N"'
-            )
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        sys.exit(
+            f"error: port {port} of {host}: {why.lower()}; end what listens there, or choose another: "
+            f'make ui ARGS="--{name}-port N"'
+        )
 
 
 def _start(command: list[object], surroundings: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -207,11 +207,40 @@ def test_what_cannot_go_on_is_told(tmp_path: Path) -> None:
         list(train(wild, tmp_path / "runs" / "wild"))
 
 
+def test_weights_that_learnt_from_other_images_before_are_no_start(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_folder(images, {"cat": 30, "dog": 30}, lambda seed: np.full((28, 28, 3), seed % 251, np.uint8))
+    where = {"name": "folder", "root": str(images), "limit": None, "watched": 8}
+    first = written(tmp_path, dataset=where | {"share": 0.5}, training={"epochs": 1})
+    assert quee(tmp_path, "finetune", str(first)).exit_code == 0
+    start = {"checkpoint": str(tmp_path / "runs" / "clothes" / WEIGHTS)}
+    second = written(tmp_path, name="second", dataset=where | {"share": 0.6}, backbone=start)
+    told = refused(tmp_path, "finetune", str(second))
+    assert "it has learnt from other images of folder before (trained_on share, trained_share 0.5" in told
+    same = written(tmp_path, name="second", dataset=where | {"share": 0.5}, backbone=start, training={"epochs": 1})
+    assert quee(tmp_path, "finetune", str(same)).exit_code == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_named_whichever_process_reads_it(tmp_path: Path, workers: int) -> None:
+    images = tmp_path / "images"
+    write_folder(images, {"cat": 20, "dog": 20}, lambda seed: np.full((28, 28, 3), seed % 251, np.uint8))
+    for image in images.glob("cat/*.png"):
+        image.write_bytes(b"not an image")
+    config = written(
+        tmp_path, dataset={"name": "folder", "root": str(images), "limit": None, "watched": 8},
+        training={"epochs": 1, "workers": workers},
+    )  # fmt: skip
+    assert "image cannot be decoded" in refused(tmp_path, "finetune", str(config))
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     config = written(tmp_path, training={"epoch": 3})
     assert "training.epoch: unknown field; did you mean 'epochs'?" in refused(tmp_path, "finetune", str(config))
     config = written(tmp_path, backbone={"name": "micro_vit_fashion_mnist", "head": "h.pth"})
-    assert "backbone.head: a new head is trained" in refused(tmp_path, "finetune", str(config))
+    assert "backbone: a new head is trained" in refused(tmp_path, "finetune", str(config))
     config = written(tmp_path, backbone={"name": "t2t_vit_7"})
     assert "t2t_vit_7: no weights: give a checkpoint" in refused(tmp_path, "finetune", str(config))
+    config = written(tmp_path, backbone={"name": "micro_vit_fashion_mnist", "exits": [3, 99]})
+    assert "99 is beyond the backbone's depth" in refused(tmp_path, "finetune", str(config))
     assert set(FinetuneConfig.model_fields) == {"name", "dataset", "backbone", "training", "run"}

@@ -157,6 +157,7 @@ def load_model(
     *,
     new_classes: int,
     seed: int,
+    exits: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
@@ -166,7 +167,7 @@ def load_model(
     seed: of the new head. The others are as in `load_backbone`, and so is what is raised. Returns the model, timm's
     data config, and the fingerprint of the weights that it starts from.
     """
-    model, preprocessing, _ = _loaded(name, None, checkpoint, 0, pretrained, image_size, None, False)
+    model, preprocessing, _ = _loaded(name, exits, checkpoint, 0, pretrained, image_size, None, False)
     start = weights_fingerprint(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
