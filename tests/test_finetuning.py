@@ -24,7 +24,7 @@ from quee_core.finetune_config import FinetuneConfig, TrainingConfig, load_finet
 from quee_core.finetuning import STATE, WEIGHTS, Training, learning_rate, prepare, train
 from quee_core.plan import resolve
 from tests.published_files import write_folder
-from tests.quee_command import SweepProcess, quee, refused
+from tests.quee_command import SweepProcess, only_error, quee, refused
 
 pytestmark = [
     pytest.mark.xdist_group("fine-tuning"),
@@ -99,13 +99,22 @@ def test_a_training_that_is_killed_goes_on_and_ends_with_the_same_bits(tmp_path:
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
+def in_a_process(folder: Path, config: Path) -> tuple[int, str]:
+    """The command by itself, as a user runs it: it forks processes that decode, which one of tests may fail at."""
+    with SweepProcess(folder, arguments=("finetune", config)) as process:
+        return process.ended()
+
+
 def test_decoding_in_other_processes_changes_nothing(tmp_path: Path) -> None:
-    results = []
+    found = []
     for workers in (0, 2):
-        training = training_of(tmp_path, training={"epochs": 1, "batch": 48, "learning_rate": 1e-3, "workers": workers})
-        [epoch] = train(training, tmp_path / str(workers))
-        results.append((epoch.loss, epoch.correct))
-    assert results[0] == results[1]
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        schedule = {"epochs": 1, "batch": 48, "learning_rate": 1e-3, "workers": workers}
+        code, output = in_a_process(folder, written(folder, training=schedule))
+        assert code == 0, output
+        found.append(load_file(folder / "runs" / "clothes" / WEIGHTS))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_what_is_drawn_at_random_leaves_the_process_as_it_was(tmp_path: Path) -> None:
@@ -231,7 +240,9 @@ def test_an_image_that_cannot_be_read_is_named_whichever_process_reads_it(tmp_pa
         tmp_path, dataset={"name": "folder", "root": str(images), "limit": None, "watched": 8},
         training={"epochs": 1, "workers": workers},
     )  # fmt: skip
-    assert "image cannot be decoded" in refused(tmp_path, "finetune", str(config))
+    code, output = in_a_process(tmp_path, config)
+    assert code == 2, output
+    assert "image cannot be decoded" in only_error(output)
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
