@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from rich.console import Console
 
 from flows.messages import farewell
-from quee_core.errors import QueeError, ServerUnreachableError
+from quee_core.errors import QueeError, ServerUnreachableError, first_behind
 from quee_core.redaction import without_secrets
 from tasks.progress import interruption
 
@@ -43,7 +43,7 @@ def ending_without_server() -> Iterator[None]:
         if watch.silent() > 2 * INTERVAL:  # else the process would wait for minutes at its end
             if isinstance(error, QueeError) or not isinstance(error, Exception):
                 _end(error)
-            if _is_lost_server(error):
+            if first_behind(error, httpx.TransportError):
                 _end(watch.fault())
         raise
     finally:
@@ -80,18 +80,6 @@ class _Watch(Thread):
                 stopped = interruption()
                 if self.silent() > (AWAY if stopped is None else AWAY_AND_STOPPED) and not self.over.is_set():
                     _end(stopped or self.fault())
-
-
-def _is_lost_server(error: BaseException) -> bool:
-    """Whether `error` arose where a server did not answer."""
-    behind, seen = [error], set[int]()
-    while behind:
-        at = behind.pop()
-        if isinstance(at, httpx.TransportError):
-            return True
-        seen.add(id(at))
-        behind += [e for e in (at.__context__, at.__cause__) if e is not None and id(e) not in seen]
-    return False
 
 
 def _end(error: BaseException) -> NoReturn:
