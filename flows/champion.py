@@ -29,7 +29,11 @@ DatasetArgument = Annotated[
 ]
 UriOption = Annotated[
     str | None,
-    typer.Option("--tracking-uri", help="MLflow's address; by default sqlite:///RUNS/mlflow.db, as of a sweep."),
+    typer.Option(
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        help="MLflow's address; by default sqlite:///RUNS/mlflow.db, as of a sweep.",
+    ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of runs, whose mlflow.db is the default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

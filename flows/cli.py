@@ -116,7 +116,7 @@ def sweep(
 @app.command()
 @reporting_faults
 def finetune(
-    config: Annotated[Path, typer.Argument(help="A fine-tuning as YAML, such as configs/finetune.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A fine-tuning as YAML, such as configs/finetune/cifar10_t2t7.yaml.")],
 ) -> None:
     """Fine-tune a backbone on a share of a data set, and leave a sweep of it that stays off those images.
 

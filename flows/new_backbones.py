@@ -87,9 +87,11 @@ def sweep_of(one: Shelved, base: SweepConfig, attempts: int) -> Started:
     """The run that sweeps a backbone: the one that there is, or a new one if there is none or it has failed."""
     name = sweep_name(base.name, one.label)
     asked = base.model_copy(update={"name": name, "backbone": one.backbone}).model_dump(mode="json")
+    # where the work is done changes no result, but may be why it failed
+    matters = {section: fields for section, fields in asked.items() if section != "run"}
     run: FlowRun
     for attempt in range(attempts):
-        key = fingerprint([asked, one.version, attempt])
+        key = fingerprint([asked if attempt else matters, one.version, attempt])
         run = cast(
             FlowRun,
             run_deployment(

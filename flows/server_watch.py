@@ -16,9 +16,10 @@ from typing import NoReturn
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from rich.console import Console
 
 from flows.messages import farewell
-from quee_core.errors import QueeError, ServerUnreachableError
+from quee_core.errors import QueeError, ServerUnreachableError, first_behind
 from quee_core.redaction import without_secrets
 from tasks.progress import interruption
 
@@ -39,8 +40,11 @@ def ending_without_server() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if watch.silent() > 2 * INTERVAL:
-            _end(watch.fault() if isinstance(error, Exception) and not isinstance(error, QueeError) else error)
+        if watch.silent() > 2 * INTERVAL:  # else the process would wait for minutes at its end
+            if isinstance(error, QueeError) or not isinstance(error, Exception):
+                _end(error)
+            if first_behind(error, httpx.TransportError):
+                _end(watch.fault())
         raise
     finally:
         watch.over.set()
@@ -80,6 +84,7 @@ class _Watch(Thread):
 
 def _end(error: BaseException) -> NoReturn:
     line, code = farewell(error)
+    Console().show_cursor(True)  # which a progress display has hidden
     print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 
 def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
-    """Start both servers on what `quee sweep` left below `runs`, and wait for either to end; returns its exit code."""
+    """Start both servers on what `quee sweep` left below `runs`, and wait for Ctrl-C; returns the exit code."""
     runs = runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     if host not in LOOPBACK:
@@ -40,6 +41,8 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
         "DO_NOT_TRACK": "true",
     }
     surroundings.pop("PREFECT_API_URL", None)
+    for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
+        _check_free(host, port, name)
     servers: dict[str, subprocess.Popen[bytes]] = {}
     try:
         servers[f"http://{host}:{prefect_port}/api/health"] = _start(prefect, surroundings)
@@ -51,14 +54,29 @@ def serve(runs: Path, host: str, prefect_port: int, mlflow_port: int) -> int:
             f"MLflow   http://{host}:{mlflow_port}\nCtrl-C ends both",
             flush=True,
         )
-        while all(process.poll() is None for process in servers.values()):
+        while not (ended := [url for url, process in servers.items() if process.poll() is not None]):
             time.sleep(0.5)
-        return 1  # neither ends by itself but in a fault, which it has told
+        sys.exit(f"error: {ended[0]}: the server has ended; what it said stands above")
     except KeyboardInterrupt:
         return 0
     finally:
         for process in servers.values():
             _end(process)
+
+
+def _check_free(host: str, port: int, name: str) -> None:
+    """End with a line if a server listens there already: it would answer in the place of ours."""
+    try:
+        [(family, kind, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no hindrance
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        sys.exit(
+            f"error: port {port} of {host}: {why.lower()}; end what listens there, or choose another: "
+            f'make ui ARGS="--{name}-port N"'
+        )
 
 
 def _start(command: list[object], surroundings: Mapping[str, str]) -> subprocess.Popen[bytes]:

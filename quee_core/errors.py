@@ -2,8 +2,11 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 from pydantic import ValidationError
+
+E = TypeVar("E", bound=BaseException)
 
 
 class QueeError(Exception):
@@ -88,11 +91,16 @@ class ServerUnreachableError(ServerError):
 
 
 def fault_behind(error: BaseException) -> QueeError | None:
-    """The fault of ours that `error` arose from, by its causes and contexts; None if there is none."""
+    """The fault of ours that `error` arose from; None if there is none."""
+    return first_behind(error, QueeError)
+
+
+def first_behind(error: BaseException, kind: type[E]) -> E | None:
+    """The first exception of `kind` among `error` and what it arose from, by causes and contexts; None if none is."""
     behind, seen = [error], set[int]()
     while behind:
         at = behind.pop()
-        if isinstance(at, QueeError):
+        if isinstance(at, kind):
             return at
         seen.add(id(at))
         behind += [e for e in (at.__context__, at.__cause__) if e is not None and id(e) not in seen]

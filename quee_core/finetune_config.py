@@ -68,8 +68,8 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _a_new_head(self) -> "FinetuneConfig":
-        if self.backbone.head is not None:
-            raise ValueError("backbone.head: a new head is trained; leave it out")
+        if self.backbone.head is not None or self.backbone.num_classes is not None:
+            raise ValueError("backbone: a new head is trained, for the set's classes; leave head and num_classes out")
         return self
 
 

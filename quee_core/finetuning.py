@@ -1,14 +1,14 @@
 """Fine-tuning of a backbone on a share of a data set's images, an epoch at a time, to be continued after a crash.
 
 What an image looks like in an epoch depends on the seed, the epoch and its place alone, and the learning rate on the
-step: a training that was interrupted ends with the bits of one that was not, on the same machine.
+step: a training that was interrupted ends with the bits of one that was not, on a CPU of the same kind.
 """
 
 import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Any, Final, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from quee_core.backbones.checkpoints import TRAINED_ON
+from quee_core.backbones.checkpoints import TRAINED_ON, read_note
 from quee_core.backbones.registry import load_model
 from quee_core.config import SweepConfig
 from quee_core.data.datasets import ImageDataset, load_dataset
@@ -30,7 +30,7 @@ from quee_core.data.loading import image_batches
 from quee_core.data.preprocessing import Preprocessing, converted
 from quee_core.data.splits import Selection, TrainedShare, image_count, subsample, trained_parts
 from quee_core.devices import choose_device
-from quee_core.errors import ConfigError, DamagedTableError, DataError, NumericError
+from quee_core.errors import ConfigError, DamagedTableError, DataError, NumericError, QueeError
 from quee_core.finetune_config import FinetuneConfig, TrainingConfig
 from quee_core.fingerprints import fingerprint
 from quee_core.fronts import wilson_interval
@@ -42,6 +42,7 @@ WEIGHTS = "weights.safetensors"
 TRAIN: Final = "train"
 SHARE: Final = "share"
 EVALUATION_BATCH = 256
+NO_MATTER = (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "exits"), ("training", "workers"))
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,37 @@ def prepare(config: FinetuneConfig) -> Training:
         learnt = [*subsample(dataset, learnt, config.dataset.limit, config.dataset.seed + 1)]
     watched = subsample(dataset, left, config.dataset.watched, config.dataset.seed + 1)
     checkpoint = weights_file(asked.checkpoint, config.dataset.root, config.run.runs)
+    trained_on: Literal["train", "share"] = TRAIN if others else SHARE
+    check_start(checkpoint, {"name": config.dataset.name, **seen_images(config, trained_on)})
     model, data_config, start = load_model(
-        asked.name, checkpoint=checkpoint, pretrained=asked.pretrained, image_size=asked.image_size,
+        asked.name, exits=asked.exits, checkpoint=checkpoint, pretrained=asked.pretrained, image_size=asked.image_size,
         random_weights=asked.random_weights, new_classes=len(about.classes), seed=config.training.seed,
     )  # fmt: skip
     contents = [(s.part, dataset.fingerprint(s.part, s.positions)) for s in learnt]
     settings = config.model_dump(mode="json", exclude={"run", "name"})
-    settings["dataset"].pop("root"), settings["backbone"].pop("checkpoint"), settings["training"].pop("workers")
+    for section, field in NO_MATTER:
+        settings[section].pop(field)
     return Training(
         config, dataset, model, Preprocessing.from_data_config(data_config), tuple(learnt), watched,
-        TRAIN if others else SHARE, device, fingerprint([settings, contents, start]),
+        trained_on, device, fingerprint([settings, contents, start]),
     )  # fmt: skip
+
+
+def check_start(checkpoint: FilePath | None, seen: dict[str, Any]) -> None:
+    """Raises ConfigError if starting weights have learnt from other images of the set: a sweep could not know of both.
+
+    seen: what a note in the new weights will say.
+    """
+    said = None if checkpoint is None else read_note(checkpoint, TRAINED_ON)
+    if said is None:
+        return
+    before = json.loads(said)
+    if before["name"] == seen["name"] and before != seen:
+        told = ", ".join(f"{field} {value}" for field, value in before.items() if field != "name")
+        raise ConfigError(
+            f"{checkpoint}: it has learnt from other images of {seen['name']} before ({told}), which a sweep could not "
+            "tell from new ones; take the same share and seed, or begin from other weights"
+        )
 
 
 def train(training: Training, folder: FilePath) -> Iterator[Epoch]:
@@ -149,6 +170,8 @@ def train(training: Training, folder: FilePath) -> Iterator[Epoch]:
         started = time.monotonic()
         loss, seen, rate = _pass(training, run, optimiser, scaler, precision, number)
         trained = time.monotonic() - started
+        if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
+            raise NumericError(f"epoch {number}: weights are no numbers any more; lower training.learning_rate")
         correct, n = _evaluate(training, model)
         epoch = Epoch(number, loss, correct, n, rate, time.monotonic() - started, seen / trained)
         done.append(epoch)
@@ -157,14 +180,11 @@ def train(training: Training, folder: FilePath) -> Iterator[Epoch]:
     write_weights(training, folder / WEIGHTS)
 
 
-def seen_images(training: Training) -> dict[str, Any]:
+def seen_images(config: FinetuneConfig, trained_on: Literal["train", "share"]) -> dict[str, Any]:
     """What a sweep says of the images that were learnt from, as fields of its section `dataset`."""
-    if training.trained_on == TRAIN:
+    if trained_on == TRAIN:
         return {"trained_on": TRAIN}
-    return {
-        "trained_on": SHARE, "trained_share": training.config.dataset.share,
-        "trained_seed": training.config.dataset.seed,
-    }  # fmt: skip
+    return {"trained_on": SHARE, "trained_share": config.dataset.share, "trained_seed": config.dataset.seed}
 
 
 def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
@@ -173,7 +193,10 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
     return SweepConfig.model_validate(
         {
             "name": f"{config.name}-sweep"[:80],
-            "dataset": {"name": config.dataset.name, "root": config.dataset.root, **seen_images(training)},
+            "dataset": {
+                "name": config.dataset.name, "root": config.dataset.root,
+                **seen_images(config, training.trained_on),
+            },
             "backbone": {
                 "name": config.backbone.name, "exits": config.backbone.exits,
                 "checkpoint": str((folder / WEIGHTS).resolve()), "image_size": config.backbone.image_size,
@@ -185,13 +208,13 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
 
 def write_weights(training: Training, path: FilePath) -> None:
     """The weights as safetensors, which say in their metadata which images they have seen. Raises StoreError."""
-    said = {"name": training.config.dataset.name, **seen_images(training)}
+    said = {"name": training.config.dataset.name, **seen_images(training.config, training.trained_on)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.model.state_dict().items()}
     with disk_faults(path, "written"), whole_file(path) as file:
         file.write(save(tensors, {TRAINED_ON: json.dumps(said)}))
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
+class _Images(Dataset[tuple[Tensor, int] | QueeError]):
     """The images of an epoch, cropped and mirrored as their places, the epoch and the seed say."""
 
     def __init__(self, training: Training, epoch: int) -> None:
@@ -205,20 +228,55 @@ class _Images(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | QueeError:
         part, position = self._places[index]
-        image = converted(self._dataset.image(part, position), self._mode)
-        state, numpy_state = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):  # timm's transforms draw from all three
-            drawn = self._seed * 2_000_003 + index
-            random.seed(drawn)
-            np.random.seed(drawn % 2**32)
-            torch.manual_seed(drawn)
-            try:
-                return self._transform(image), int(self._labels[index])
-            finally:
-                random.setstate(state)
-                np.random.set_state(numpy_state)
+        try:
+            image = converted(self._dataset.image(part, position), self._mode)
+        except QueeError as error:
+            return error  # raised where it is told in a line: out of another process it comes as a traceback
+        drawn = self._seed * 2_000_003 + index
+        # timm's transforms draw from all three
+        states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        random.seed(drawn)
+        np.random.seed(drawn % 2**32)
+        torch.default_generator.manual_seed(drawn)
+        try:
+            return self._transform(image), int(self._labels[index])
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.default_generator.set_state(states[2])
+
+
+def _together(items: list[tuple[Tensor, int] | QueeError]) -> tuple[Tensor, Tensor] | QueeError:
+    """A batch, or the first fault among its images."""
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, QueeError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _decoded(loader: Iterable[tuple[Tensor, Tensor] | QueeError]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches. Raises DataError for an image that cannot be read, or a process that was killed while it decoded."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that decodes images has ended unexpectedly; see that there is memory, or lower "
+                "training.workers"
+            ) from error
+        if batch is None:
+            return
+        if isinstance(batch, QueeError):
+            raise batch
+        yield batch
 
 
 def _augmenting(preprocessing: Preprocessing, settings: TrainingConfig) -> Callable[[Image.Image], Tensor]:
@@ -271,13 +329,14 @@ def _pass(
     images = _Images(training, number)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + number))
     loader = DataLoader(
-        images, settings.batch, sampler=order.tolist(), num_workers=settings.workers, pin_memory=device.type == "cuda"
-    )
+        images, settings.batch, sampler=order.tolist(), num_workers=settings.workers, pin_memory=device.type == "cuda",
+        collate_fn=_together,
+    )  # fmt: skip
     training.model.train()
     total, seen, rate = 0.0, 0, 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed * 1_000_003 + number)  # dropout and stochastic depth, where a model has them
-        for step, (batch, labels) in enumerate(loader, (number - 1) * training.steps):
+        for step, (batch, labels) in enumerate(_decoded(loader), (number - 1) * training.steps):
             rate = learning_rate(step, settings.epochs * training.steps, settings)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -295,7 +354,7 @@ def _pass(
             if not math.isfinite(total):
                 raise NumericError(
                     f"epoch {number}: the loss is no number any more; lower training.learning_rate (now "
-                    f"{settings.learning_rate:g}), or set training.precision to float32"
+                    f"{settings.learning_rate:g}), or set training.precision to float32, and give it another name"
                 )
     return total / seen, seen, rate
 

@@ -30,7 +30,7 @@ RANDOM_WEIGHTS = "random weights: the figures say nothing about the backbone"
 # The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
 _CALIBRATION_CODE = (
     "quee_core.quantize", "quee_core.backbones.segmented", "quee_core.backbones.micro_vit",
-    "quee_core.data.preprocessing", "quee_core.data.decoding",
+    "quee_core.backbones.t2t_vit", "quee_core.data.preprocessing", "quee_core.data.decoding",
     "quee_core.archive", "quee_core.costs",
 )  # fmt: skip
 _EXITS_CODE = (

@@ -62,7 +62,7 @@ def check_artifacts(sweep: SweepConfig) -> None:
         check_room(FilePath(asked), ARTIFACTS_ROOM)
         return
     with mlflow_faults(asked, "correct run.artifacts, or make that place"):
-        get_artifact_repository(asked).list_artifacts()
+        get_artifact_repository(asked, tracking_uri=tracking_of(sweep)[0]).list_artifacts()
 
 
 def database_uri(runs: FilePath) -> str:

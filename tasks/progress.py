@@ -58,7 +58,7 @@ def advance(stage: str, steps: int) -> None:
 
 def interruption() -> BaseException | None:
     """What the last stage was interrupted by; None if it was not."""
-    return _interruptions[0] if _interruptions else None
+    return next(iter(tuple(_interruptions)), None)
 
 
 @dataclass

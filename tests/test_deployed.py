@@ -165,9 +165,12 @@ def test_an_announced_backbone_is_swept_once(deployed: PrefectServer, sweep: Swe
     assert run["state_type"] == "COMPLETED"
     record = sweep.run.runs / run["name"] / "record.json"
     assert json.loads(record.read_text())["backbone"] == "micro_vit_fashion_mnist"
-    again = deployed.do("prefect", "deployment", "run", "quee-new-backbones/watch", "--watch")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert len(deployed.runs("quee")) == 2
+    elsewhere = sweep.model_copy(update={"run": sweep.run.model_copy(update={"batch": 7})})  # which changes no result
+    moved = json.dumps({"sweep": elsewhere.model_dump(mode="json")})
+    for parameters in ((), ("--params", moved)):
+        again = deployed.do("prefect", "deployment", "run", "quee-new-backbones/watch", "--watch", *parameters)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert len(deployed.runs("quee")) == 2
 
 
 def test_make_deploy_says_what_would_keep_runs_waiting(server: PrefectServer) -> None:

@@ -24,7 +24,7 @@ from quee_core.finetune_config import FinetuneConfig, TrainingConfig, load_finet
 from quee_core.finetuning import STATE, WEIGHTS, Training, learning_rate, prepare, train
 from quee_core.plan import resolve
 from tests.published_files import write_folder
-from tests.quee_command import SweepProcess, quee, refused
+from tests.quee_command import SweepProcess, only_error, quee, refused
 
 pytestmark = [
     pytest.mark.xdist_group("fine-tuning"),
@@ -99,13 +99,22 @@ def test_a_training_that_is_killed_goes_on_and_ends_with_the_same_bits(tmp_path:
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
+def in_a_process(folder: Path, config: Path) -> tuple[int, str]:
+    """The command by itself, as a user runs it: it forks processes that decode, which one of tests may fail at."""
+    with SweepProcess(folder, arguments=("finetune", config)) as process:
+        return process.ended()
+
+
 def test_decoding_in_other_processes_changes_nothing(tmp_path: Path) -> None:
-    results = []
+    found = []
     for workers in (0, 2):
-        training = training_of(tmp_path, training={"epochs": 1, "batch": 48, "learning_rate": 1e-3, "workers": workers})
-        [epoch] = train(training, tmp_path / str(workers))
-        results.append((epoch.loss, epoch.correct))
-    assert results[0] == results[1]
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        schedule = {"epochs": 1, "batch": 48, "learning_rate": 1e-3, "workers": workers}
+        code, output = in_a_process(folder, written(folder, training=schedule))
+        assert code == 0, output
+        found.append(load_file(folder / "runs" / "clothes" / WEIGHTS))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_what_is_drawn_at_random_leaves_the_process_as_it_was(tmp_path: Path) -> None:
@@ -207,11 +216,42 @@ def test_what_cannot_go_on_is_told(tmp_path: Path) -> None:
         list(train(wild, tmp_path / "runs" / "wild"))
 
 
+def test_weights_that_learnt_from_other_images_before_are_no_start(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    write_folder(images, {"cat": 30, "dog": 30}, lambda seed: np.full((28, 28, 3), seed % 251, np.uint8))
+    where = {"name": "folder", "root": str(images), "limit": None, "watched": 8}
+    first = written(tmp_path, dataset=where | {"share": 0.5}, training={"epochs": 1})
+    assert quee(tmp_path, "finetune", str(first)).exit_code == 0
+    start = {"checkpoint": str(tmp_path / "runs" / "clothes" / WEIGHTS)}
+    second = written(tmp_path, name="second", dataset=where | {"share": 0.6}, backbone=start)
+    told = refused(tmp_path, "finetune", str(second))
+    assert "it has learnt from other images of folder before (trained_on share, trained_share 0.5" in told
+    same = written(tmp_path, name="second", dataset=where | {"share": 0.5}, backbone=start, training={"epochs": 1})
+    assert quee(tmp_path, "finetune", str(same)).exit_code == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_named_whichever_process_reads_it(tmp_path: Path, workers: int) -> None:
+    images = tmp_path / "images"
+    write_folder(images, {"cat": 20, "dog": 20}, lambda seed: np.full((28, 28, 3), seed % 251, np.uint8))
+    for image in images.glob("cat/*.png"):
+        image.write_bytes(b"not an image")
+    config = written(
+        tmp_path, dataset={"name": "folder", "root": str(images), "limit": None, "watched": 8},
+        training={"epochs": 1, "workers": workers},
+    )  # fmt: skip
+    code, output = in_a_process(tmp_path, config)
+    assert code == 2, output
+    assert "image cannot be decoded" in only_error(output)
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     config = written(tmp_path, training={"epoch": 3})
     assert "training.epoch: unknown field; did you mean 'epochs'?" in refused(tmp_path, "finetune", str(config))
     config = written(tmp_path, backbone={"name": "micro_vit_fashion_mnist", "head": "h.pth"})
-    assert "backbone.head: a new head is trained" in refused(tmp_path, "finetune", str(config))
+    assert "backbone: a new head is trained" in refused(tmp_path, "finetune", str(config))
     config = written(tmp_path, backbone={"name": "t2t_vit_7"})
     assert "t2t_vit_7: no weights: give a checkpoint" in refused(tmp_path, "finetune", str(config))
+    config = written(tmp_path, backbone={"name": "micro_vit_fashion_mnist", "exits": [3, 99]})
+    assert "99 is beyond the backbone's depth" in refused(tmp_path, "finetune", str(config))
     assert set(FinetuneConfig.model_fields) == {"name", "dataset", "backbone", "training", "run"}

@@ -58,15 +58,20 @@ def test_make_ui_listens_on_loopback_alone_and_ends_what_it_started(tmp_path: Pa
         assert process.wait(60) == 0
 
 
-def test_make_ui_says_what_it_means_to_listen_elsewhere(tmp_path: Path) -> None:
-    """On ports that are taken, so that it ends before it does."""
-    command = ui(tmp_path / "runs", "--host", "0.0.0.0")
-    with ExitStack() as taken:
-        for port in (command[6], command[8]):
-            bound = taken.enter_context(socket.socket())
-            bound.bind(("127.0.0.1", int(str(port))))
-            bound.listen()
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+@pytest.mark.parametrize("taken", ["prefect", "mlflow"])
+def test_make_ui_starts_nothing_where_another_server_would_answer(tmp_path: Path, taken: str) -> None:
+    """And says what it means to listen elsewhere, before it looks."""
+    command = [str(part) for part in ui(tmp_path / "runs", "--host", "0.0.0.0")]
+    port = command[command.index(f"--{taken}-port") + 1]
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", int(port)))
+        bound.listen()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
-    assert NOTE in done.stderr.splitlines()
-    assert "the server has ended; what it said stands above" in done.stderr
+    note, error = done.stderr.splitlines()
+    assert note == NOTE
+    assert error == (
+        f"error: port {port} of 0.0.0.0: address already in use; end what listens there, or choose another: "
+        f'make ui ARGS="--{taken}-port N"'
+    )
+    assert done.stdout == ""

@@ -461,6 +461,8 @@ def test_what_champion_cannot_do_is_told(three: Registered, tmp_path: Path, monk
     told = refused(tmp_path, "champion", "show", "--tracking-uri", nowhere)
     assert "no server answers there; start that server, or name another with --tracking-uri" in told
     assert "sesame" not in told
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)  # as MLflow's own commands take it
+    assert refused(tmp_path, "champion", "show") == told
 
 
 def test_a_model_of_that_name_that_is_not_ours_is_left_alone(

@@ -69,6 +69,21 @@ class LoadedBackbone:
     class_names: tuple[str, ...] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `load_backbone` was asked for, its arguments as they are there."""
+
+    name: str
+    exits: Sequence[int] | None = None
+    checkpoint: Path | None = None
+    num_classes: int | None = None
+    pretrained: bool = False
+    image_size: int | None = None
+    random_weights: bool = False
+    cache_dir: Path | None = None
+    offline: bool = False
+
+
 _BACKBONES = {
     "micro_vit_fashion_mnist": BackboneEntry(
         description="1.2 M parameters, 28x28 grey images, 10 kinds of clothing; its weights are part of quee",
@@ -142,7 +157,7 @@ def load_backbone(
     if head is not None and num_classes:
         raise BackboneError(f"{name}: head {head} and num_classes {num_classes}: the file says how many; leave one out")
     model, preprocessing, class_names = _loaded(
-        name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline
+        _Asked(name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline)
     )
     if head is not None:
         if model.num_classes:
@@ -161,6 +176,7 @@ def load_model(
     *,
     new_classes: int,
     seed: int,
+    exits: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
@@ -171,7 +187,11 @@ def load_model(
     seed: of the new head. The others are as in `load_backbone`, and so is what is raised. Returns the model, timm's
     data config, and the fingerprint of the weights that it starts from.
     """
-    model, preprocessing, _ = _loaded(name, None, checkpoint, 0, pretrained, image_size, random_weights, None, False)
+    asked = _Asked(
+        name, exits, checkpoint, num_classes=0, pretrained=pretrained, image_size=image_size,
+        random_weights=random_weights,
+    )  # fmt: skip
+    model, preprocessing, _ = _loaded(asked)
     start = weights_fingerprint(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -209,66 +229,46 @@ def blank_backbone(
     return segment(model, exits, name)
 
 
-def _loaded(
-    name: str,
-    exits: Sequence[int] | None,
-    checkpoint: Path | None,
-    num_classes: int | None,
-    pretrained: bool,
-    image_size: int | None,
-    random_weights: bool,
-    cache_dir: Path | None,
-    offline: bool,
-) -> tuple[Any, dict[str, Any], tuple[str, ...] | None]:
+def _loaded(asked: _Asked) -> tuple[Any, dict[str, Any], tuple[str, ...] | None]:
     """The whole model, timm's data config, and names of its classes where they are known; raises as `load_backbone`."""
-    if random_weights and (pretrained or checkpoint is not None):
-        given = "pretrained weights" if pretrained else f"checkpoint {checkpoint}"
-        raise BackboneError(f"{name}: random weights and {given}: give one of the two")
-    if pretrained and checkpoint is not None:
-        raise BackboneError(f"{name}: checkpoint {checkpoint} and pretrained weights: give one of the two")
-    if num_classes is not None and (num_classes < 0 or num_classes == 1):
-        raise BackboneError(f"{name}: num_classes {num_classes}: want 2 or more, or 0 for no head")
-    if image_size is not None and image_size < 1:
-        raise BackboneError(f"{name}: image_size {image_size}: want a number of pixels")
-    entry = BACKBONES.get(name)
+    if asked.random_weights and (asked.pretrained or asked.checkpoint is not None):
+        given = "pretrained weights" if asked.pretrained else f"checkpoint {asked.checkpoint}"
+        raise BackboneError(f"{asked.name}: random weights and {given}: give one of the two")
+    if asked.pretrained and asked.checkpoint is not None:
+        raise BackboneError(f"{asked.name}: checkpoint {asked.checkpoint} and pretrained weights: give one of the two")
+    if asked.num_classes is not None and (asked.num_classes < 0 or asked.num_classes == 1):
+        raise BackboneError(f"{asked.name}: num_classes {asked.num_classes}: want 2 or more, or 0 for no head")
+    if asked.image_size is not None and asked.image_size < 1:
+        raise BackboneError(f"{asked.name}: image_size {asked.image_size}: want a number of pixels")
+    entry = BACKBONES.get(asked.name)
     if entry is not None:
-        model = _own_model(name, entry, exits, checkpoint, num_classes, image_size, random_weights)
+        model = _own_model(asked, entry)
         preprocessing = _own_preprocessing(entry, model)
         class_names = entry.class_names if model.num_classes == len(entry.class_names) else None
     else:
-        model = _timm_model(
-            name, exits, checkpoint, num_classes, pretrained, image_size, random_weights, cache_dir, offline
-        )
+        model = _timm_model(asked)
         preprocessing = dict(resolve_model_data_config(model))  # type: ignore[no-untyped-call]
         preprocessing["input_size"] = (model.in_chans, *model.patch_embed.img_size)
         class_names = None
     return model, preprocessing, class_names
 
 
-def _own_model(
-    name: str,
-    entry: BackboneEntry,
-    exits: Sequence[int] | None,
-    checkpoint: Path | None,
-    num_classes: int | None,
-    image_size: int | None,
-    random_weights: bool,
-) -> Any:
+def _own_model(asked: _Asked, entry: BackboneEntry) -> Any:
     options = dict(entry.model_args)
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    if image_size is not None:
-        options["img_size"] = image_size
+    if asked.num_classes is not None:
+        options["num_classes"] = asked.num_classes
+    if asked.image_size is not None:
+        options["img_size"] = asked.image_size
     model = _drawn(lambda: micro_vit(**options))
-    if exits is not None:
-        check_exits(exits, len(model.blocks), name)
-    if random_weights:
+    if asked.exits is not None:
+        check_exits(asked.exits, len(model.blocks), asked.name)
+    if asked.random_weights:
         return model
-    source = checkpoint or entry.weights
+    source = asked.checkpoint or entry.weights
     if source is None:
-        raise MissingWeightsError(f"{name}: quee ships no weights for it; give a checkpoint")
-    if checkpoint is None and not source.exists():
-        raise BackboneError(f"{name}: its weights {source} are missing from this installation; reinstall quee")
+        raise MissingWeightsError(f"{asked.name}: quee ships no weights for it; give a checkpoint")
+    if asked.checkpoint is None and not source.exists():
+        raise BackboneError(f"{asked.name}: its weights {source} are missing from this installation; reinstall quee")
     _load_file(model, source)
     return model
 
@@ -284,42 +284,32 @@ def _own_preprocessing(entry: BackboneEntry, model: Any) -> dict[str, Any]:
     }
 
 
-def _timm_model(
-    name: str,
-    exits: Sequence[int] | None,
-    checkpoint: Path | None,
-    num_classes: int | None,
-    pretrained: bool,
-    image_size: int | None,
-    random_weights: bool,
-    cache_dir: Path | None,
-    offline: bool,
-) -> Any:
-    published = _published(name)
-    if not pretrained and checkpoint is None and not random_weights:
-        raise MissingWeightsError(f"{name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
-    if pretrained and num_classes not in (None, 0, published.num_classes):
+def _timm_model(asked: _Asked) -> Any:
+    published = _published(asked.name)
+    if not asked.pretrained and asked.checkpoint is None and not asked.random_weights:
+        raise MissingWeightsError(f"{asked.name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
+    if asked.pretrained and asked.num_classes not in (None, 0, published.num_classes):
         raise BackboneError(
-            f"{name}: num_classes {num_classes} does not fit the pretrained head, which has {published.num_classes} "
+            f"{asked.name}: num_classes {asked.num_classes} does not fit the pretrained head, which has {published.num_classes} "
             "classes: leave num_classes out, or give a checkpoint that was trained on yours"
         )
-    options: dict[str, Any] = {"num_classes": num_classes, "dynamic_img_size": False}
-    if image_size is not None:
-        options["img_size"] = image_size
+    options: dict[str, Any] = {"num_classes": asked.num_classes, "dynamic_img_size": False}
+    if asked.image_size is not None:
+        options["img_size"] = asked.image_size
     # without storage, so that a fault costs neither the time to fill large weights nor their download
-    skeleton: Any = check_segmentable(timm.create_model(name, device="meta", **options), name)
-    if exits is not None:
-        check_exits(exits, len(skeleton.blocks), name)
-    if image_size is not None and (patch := _indivisible_by(skeleton)):
-        raise BackboneError(f"{name}: image_size {image_size} is not a multiple of its patch size {patch}")
-    if random_weights:
-        return _drawn(lambda: timm.create_model(name, **options))
-    if checkpoint is not None:
-        model = timm.create_model(name, **options)
-        _load_file(model, checkpoint)
+    skeleton: Any = check_segmentable(timm.create_model(asked.name, device="meta", **options), asked.name)
+    if asked.exits is not None:
+        check_exits(asked.exits, len(skeleton.blocks), asked.name)
+    if asked.image_size is not None and (patch := _indivisible_by(skeleton)):
+        raise BackboneError(f"{asked.name}: image_size {asked.image_size} is not a multiple of its patch size {patch}")
+    if asked.random_weights:
+        return _drawn(lambda: timm.create_model(asked.name, **options))
+    if asked.checkpoint is not None:
+        model = timm.create_model(asked.name, **options)
+        _load_file(model, asked.checkpoint)
         return model
-    file = _fetch(name, published, cache_dir, offline)
-    return _load_published(name, options, file)
+    file = _fetch(asked.name, published, asked.cache_dir, asked.offline)
+    return _load_published(asked.name, options, file)
 
 
 def _drawn(make: Callable[[], nn.Module]) -> Any:
