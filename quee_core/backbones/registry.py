@@ -290,8 +290,8 @@ def _timm_model(asked: _Asked) -> Any:
         raise MissingWeightsError(f"{asked.name}: no weights: give a checkpoint, or ask for timm's own with pretrained")
     if asked.pretrained and asked.num_classes not in (None, 0, published.num_classes):
         raise BackboneError(
-            f"{asked.name}: num_classes {asked.num_classes} does not fit the pretrained head, which has {published.num_classes} "
-            "classes: leave num_classes out, or give a checkpoint that was trained on yours"
+            f"{asked.name}: num_classes {asked.num_classes} does not fit the pretrained head, which has "
+            f"{published.num_classes} classes: leave num_classes out, or give a checkpoint that was trained on yours"
         )
     options: dict[str, Any] = {"num_classes": asked.num_classes, "dynamic_img_size": False}
     if asked.image_size is not None:
