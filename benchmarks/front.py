@@ -76,6 +76,7 @@ class Run:
     outcomes: tuple[Outcomes, Outcomes, Outcomes]
     prices: NDArray[np.float64]
     seed: int
+    classes: int
     stage_seconds: Mapping[str, float]  # when they were computed
 
     @classmethod
@@ -90,7 +91,7 @@ class Run:
         kept.write_text(json.dumps(spent), "utf-8")
         return cls(
             run_fronts(record, folder), PricedTree.of(router.table.without_gates(), router.policy.tree),
-            run_outcomes(folder), config.prices.grid(), config.seed, spent,
+            run_outcomes(folder), config.prices.grid(), config.seed, len(record.class_names), spent,
         )  # fmt: skip
 
     @cached_property
@@ -112,7 +113,9 @@ class Run:
     def thresholds(self, tuning: Outcomes) -> Timed:
         """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""
         test, started = self.outcomes[2], time.perf_counter()
-        data = BaselineData(self.priced.tree, self.priced.final, self.priced.every, tuning, test, self.seed)
+        data = BaselineData(
+            self.priced.tree, self.priced.final, self.priced.every, tuning, test, self.seed, self.classes
+        )
         front = measure(BASELINES["threshold"](data, self.prices), tuning, test)
         return front, time.perf_counter() - started
 

@@ -280,6 +280,9 @@ def explain(
     from quee_core.runs import find_router
     from quee_core.walks import explain as walk_through
 
+    target = page or Path(f"{image.stem}.walk.html")
+    if target.suffix != ".html":
+        raise ConfigError(f"--page {target}: a figure is a page; end its name in .html")
     deployed = load_router(find_router(run, runs), choose_device(device))
     manifest, router = deployed.manifest, deployed.router
     walk = walk_through(router, deployed.preprocess(read_image(image)), price)
@@ -287,7 +290,6 @@ def explain(
         f"{image.name} by run {manifest.run} ({manifest.architecture.name} on {manifest.dataset}), n = 1 image; at a "
         "way, the least loss of the paths that begin with it. Measured here."
     )
-    target = page or Path(f"{image.stem}.walk.html")
     figure = paper.walk(walk, manifest.class_names, router.policy.tree.paths, told)
     written = write_figures({target.stem: figure}, target.parent, png=png)
     if as_json:

@@ -23,8 +23,8 @@ from quee_core.config import SweepConfig
 from quee_core.data.splits import image_count
 from quee_core.errors import DamagedTableError, ServerError, fault_behind
 from quee_core.plan import RANDOM_WEIGHTS
-from quee_core.record import StageTiming, SweepRecord
-from quee_core.runs import read_record
+from quee_core.record import Registration, StageTiming, SweepRecord
+from quee_core.runs import forget_registration, read_record
 from quee_core.stages import branches_of
 from quee_core.whole_files import check_room
 from tasks.assemble import Assembled, assemble_outcomes
@@ -71,13 +71,23 @@ def swept(sweep: SweepConfig, folder: Path) -> Path:
     record = evaluate(sweep, assembled, fits, [*timings, *filled, fitted], folder)
     report = write_report(record, folder)
     tracked, _ = track(sweep, record, folder, report)
-    routed = None if sweep.backbone.random_weights else register(sweep, record, folder, report, tracked)[0]
+    routed = _registered(sweep, record, folder, report, tracked)
     if named_server() is not None:
         show_front(record, report)
         show_tracking(sweep, record, tracked)
     get_run_logger().info("router: %s", routed.line if routed else f"not registered: {RANDOM_WEIGHTS}")
     get_run_logger().info("report: %s", report)
     return report
+
+
+def _registered(
+    sweep: SweepConfig, record: SweepRecord, folder: Path, report: Path, tracked: str
+) -> Registration | None:
+    """What became of the router; of random weights none is registered."""
+    if sweep.backbone.random_weights:
+        forget_registration(folder)
+        return None
+    return register(sweep, record, folder, report, tracked)[0]
 
 
 def fill_tables(sweep: SweepConfig, folder: Path) -> tuple[Assembled, list[StageTiming]]:
@@ -155,8 +165,10 @@ def on_the_run_page() -> Iterator[None]:
         return
     for name in LOGGED:
         logging.getLogger(name).setLevel(logging.INFO)
-    with listening(RunPage()):
+    page = RunPage()
+    with listening(page):
         yield
+    page.catch_up()
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar, cast
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -38,18 +37,21 @@ LEAST_STEP = 1.0  # percent
 RETRIES = 2  # some six seconds; Prefect's own patience of a minute is for what a run cannot do without
 PAUSE = 60.0  # seconds without updates once the server was found away
 
-T = TypeVar("T")
-
 
 @dataclass
 class _Bar:
-    artifact: UUID
+    """A stage's bar. unsaid: percent and text that the server has not taken yet. broken: may begin again."""
+
+    stage: str
     total: int
     unit: str
-    begun: float
+    artifact: UUID | None = None
     done: int = 0
+    begun: float = field(default_factory=time.monotonic)
     shown: float = 0.0  # percent
     told: float = field(default_factory=time.monotonic)
+    unsaid: tuple[float, str] | None = None
+    broken: bool = False
 
     @property
     def percent(self) -> float:
@@ -60,41 +62,37 @@ class _Bar:
         """How many steps of all, and how many a second."""
         passed = time.monotonic() - self.begun
         rate = f", {self.done / passed:,.0f} {self.unit}/s" if passed > 0 and self.done else ""
-        return f"{self.done:,} of {self.total:,} {self.unit}{rate}"
+        return f"{self.stage}: {self.done:,} of {self.total:,} {self.unit}{rate}"
 
 
 class RunPage:
     """A listener for `tasks.progress.listening` that keeps one progress artifact for each stage of the flow's run.
 
-    The page is for people to look at: where the server does not take an update, the sweep goes on without it.
+    The page is for people to look at: where the server does not take an update, the sweep goes on without it, and the
+    latest word of each stage is told once the server is there again.
     """
 
     def __init__(self) -> None:
-        self._bars: dict[str, _Bar] = {}
-        self._broken: dict[str, UUID] = {}  # artifacts of stages that ended without being whole, and may begin again
+        self._bars: list[_Bar] = []  # the last one of a stage is the one that counts
         self._lock = Lock()
         self._resumes = -math.inf  # on the monotonic clock, once the server was found away
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Add the stage's bar, or empty that of one that broke off."""
         with self._lock:
-            artifact = self._broken.pop(stage, None)
-
-        def tell() -> UUID:
-            if artifact is None:
-                key = artifact_key(stage)
-                return cast(UUID, create_progress_artifact(0.0, key=key, description=f"{stage}: begun"))
-            update_progress_artifact(artifact, progress=0.0, description=f"{stage}: begun again")
-            return artifact
-
-        if (shown := self._told(tell)) is not None:
-            with self._lock:
-                self._bars[stage] = _Bar(shown, total, unit, time.monotonic())
+            before = self._bar(stage)
+            again = before is not None and before.broken
+            bar = _Bar(stage, total, unit, before.artifact if before is not None and again else None)
+            if before is not None and again:
+                self._bars.remove(before)
+            self._bars.append(bar)
+            bar.unsaid = 0.0, f"{stage}: begun{' again' if again else ''}"
+        self._tell()
 
     def advance(self, stage: str, steps: int) -> None:
         """Move it, where enough has passed since the last time."""
         with self._lock:
-            bar = self._bars.get(stage)
+            bar = self._bar(stage)
             if bar is None:
                 return
             bar.done += steps
@@ -102,32 +100,50 @@ class RunPage:
             if abs(percent - bar.shown) < LEAST_STEP or now - bar.told < INTERVAL:
                 return
             bar.shown, bar.told = percent, now
-        told = f"{stage}: {bar.describe()}"
-        self._told(lambda: update_progress_artifact(bar.artifact, progress=percent, description=told))
+            bar.unsaid = percent, bar.describe()
+        self._tell()
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
         """Say how the stage ended, and fill its bar if it is `whole`."""
         with self._lock:
-            bar = self._bars.pop(stage, None)
-            if bar is not None and not whole:
-                self._broken[stage] = bar.artifact
-        if bar is None:
-            return
-        percent = 100.0 if whole else bar.percent
-        told = f"{stage}: {bar.describe()}; {note}"
-        self._told(lambda: update_progress_artifact(bar.artifact, progress=percent, description=told))
+            bar = self._bar(stage)
+            if bar is None:
+                return
+            bar.broken = not whole
+            bar.unsaid = 100.0 if whole else bar.percent, f"{bar.describe()}; {note}"
+        self._tell()
 
-    def _told(self, tell: Callable[[], T]) -> T | None:
-        """What `tell` returns; None where the server does not take it, or was away a moment ago."""
-        if time.monotonic() < self._resumes:
-            return None
-        with done_without(logger, LACKING), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
-            try:
-                return tell()
-            except httpx.TransportError:
-                self._resumes = time.monotonic() + PAUSE
-                raise
-        return None
+    def catch_up(self) -> None:
+        """Tell what is unsaid, however short a while ago the server was away."""
+        self._resumes = -math.inf
+        self._tell()
+
+    def _bar(self, stage: str) -> _Bar | None:
+        return next((bar for bar in reversed(self._bars) if bar.stage == stage), None)
+
+    def _tell(self) -> None:
+        """Send what is unsaid, the oldest bar first, until the server proves to be away."""
+        with self._lock:
+            late = [(bar, bar.unsaid) for bar in self._bars if bar.unsaid is not None]
+        for bar, (percent, told) in late:
+            if time.monotonic() < self._resumes:
+                return
+            with done_without(logger, LACKING), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
+                try:
+                    if bar.artifact is None:
+                        bar.artifact = _created(bar.stage, percent, told)
+                    else:
+                        update_progress_artifact(bar.artifact, progress=percent, description=told)
+                except httpx.TransportError:
+                    self._resumes = time.monotonic() + PAUSE
+                    raise
+            with self._lock:
+                if time.monotonic() >= self._resumes and bar.unsaid == (percent, told):
+                    bar.unsaid = None
+
+
+def _created(stage: str, percent: float, told: str) -> UUID:
+    return cast(UUID, create_progress_artifact(percent, key=artifact_key(stage), description=told))
 
 
 def show_front(record: SweepRecord, report: Path) -> None:

@@ -108,7 +108,8 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     config = parse_config(record.config, source=f"{folder}: settings in its record")
     priced = PricedTree.of(table.without_gates(), policy.tree)
     shipped = [point.as_shipped() for point in deployed.manifest.points]
-    fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), config.evaluation)
+    classes, settings = len(deployed.manifest.class_names), config.evaluation
+    fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), classes, settings)
     test, tree = outcomes[2], policy.tree
     whole = full_cost(table, tree)
     return RunFronts(

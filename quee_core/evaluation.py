@@ -123,11 +123,12 @@ def baseline_fronts(
     test: Outcomes,
     prices: NDArray[np.float64],
     seed: int,
+    classes: int,
     names: Sequence[BaselineName] = tuple(BASELINES),
 ) -> dict[str, MeasuredFront]:
     """Every baseline of `names`, fitted and tuned on all of `tuning`, and measured on `test`; how long it took, too."""
     joined = Outcomes.joined_answers(tuning)
-    data = BaselineData(priced.tree, priced.final, priced.every, joined, test, seed, tuning)
+    data = BaselineData(priced.tree, priced.final, priced.every, joined, test, seed, classes, tuning)
     fronts: dict[str, MeasuredFront] = {}
     for name in (name for name in BASELINES if name in names):
         started = time.perf_counter()
@@ -149,12 +150,13 @@ def all_fronts(
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
     prices: NDArray[np.float64],
+    classes: int,
     settings: EvaluationConfig,
 ) -> dict[str, MeasuredFront]:
     """Quee's front, that of its gates alone, and that of every baseline of `settings`, measured on `test`.
 
     gates: what the policy's decisions cost, absolute, root first. outcomes: target, select and test; baselines may use
-    the first two.
+    the first two. classes: how many there are.
     """
     target, select, test = outcomes
     costs = priced.gated(gates)
@@ -163,7 +165,7 @@ def all_fronts(
     return {
         QUEE: measured(ours, test.errors, own),
         GATES: measure(PolicyPair(on_select, on_test, costs), select, test),
-    } | baseline_fronts(priced, (target, select), test, prices, settings.seed, settings.baselines)
+    } | baseline_fronts(priced, (target, select), test, prices, settings.seed, classes, settings.baselines)
 
 
 def budgets_of(settings: EvaluationConfig, low: float) -> tuple[float, ...]:

@@ -237,13 +237,13 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
 
 
 def _load(config: SweepConfig, dataset: ImageDataset, *, offline: bool = False) -> LoadedBackbone:
-    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs)
+    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
     check_trained_on(config.dataset, dataset.description.trained_on, checkpoint)
     return load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
         checkpoint=checkpoint,
-        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs),
+        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs, offline=offline),
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
@@ -253,11 +253,12 @@ def _load(config: SweepConfig, dataset: ImageDataset, *, offline: bool = False) 
 
 
 def _where(config: SweepConfig, missing: str) -> str:
-    """`missing`, with the other place where a relative checkpoint may lie."""
-    given, root = config.backbone.checkpoint, config.dataset.root
-    if given is None or root is None or FilePath(given).is_absolute():
-        return missing
-    return f"{missing}; expected there, or at {root / given}"
+    """`missing`, with the other place where a relative file of weights may lie."""
+    root = config.dataset.root
+    for given in (config.backbone.checkpoint, config.backbone.head):
+        if given is not None and root is not None and given in missing and "://" not in given:
+            return missing if FilePath(given).is_absolute() else f"{missing}; expected there, or at {root / given}"
+    return missing
 
 
 def _planned(config: SweepConfig, dataset: ImageDataset, loaded: LoadedBackbone) -> SweepPlan:
@@ -297,18 +298,20 @@ def _planned(config: SweepConfig, dataset: ImageDataset, loaded: LoadedBackbone)
     return SweepPlan(config, dataset, splits, cautions, loaded, preprocessing, tree)
 
 
-def weights_file(address: str | None, root: FilePath | None, runs: FilePath) -> FilePath | None:
+def weights_file(
+    address: str | None, root: FilePath | None, runs: FilePath, *, offline: bool = False
+) -> FilePath | None:
     """A file of weights; None for no address.
 
     A relative path counts from the working folder, and if it is not there from `root`, the data set's. What lies
-    elsewhere is copied below `runs`, once.
+    elsewhere is copied below `runs`, once; with `offline` MissingWeightsError is raised instead.
     """
     if address is None:
         return None
     if "://" in address:
         from quee_core.backbones.fetched import fetch_checkpoint  # a router that serves has no need of it
 
-        return fetch_checkpoint(address, runs / "checkpoints")
+        return fetch_checkpoint(address, runs / "checkpoints", offline=offline)
     given = FilePath(address)
     if root is None or given.is_absolute() or given.exists():
         return given

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -66,12 +67,19 @@ def read_record(path: Path) -> SweepRecord:
 
 def record_digest(record: SweepRecord) -> str:
     """Fingerprint of what a sweep found, whenever and however fast it found it, and whatever the passwords were."""
-    return fingerprint(redacted(record.model_dump(mode="json", exclude={"created", "timings", "baselines"})))
+    measured: dict[str, Any] = {"created": True, "timings": True, "baselines": {"__all__": {"seconds"}}}
+    return fingerprint(redacted(record.model_dump(mode="json", exclude=measured)))
 
 
 def write_registration(registration: Registration, folder: Path) -> None:
     """Write what became of a run's router into its `folder`. Raises StoreError for a full or read-only disk."""
     write_text(folder / REGISTRATION, registration.model_dump_json(indent=2))
+
+
+def forget_registration(folder: Path) -> None:
+    """Remove what a run of the same name left: it was another router. Raises StoreError where it cannot be removed."""
+    with disk_faults(folder / REGISTRATION, "removed"):
+        (folder / REGISTRATION).unlink(missing_ok=True)
 
 
 def read_registration(folder: Path) -> Registration | None:

@@ -272,16 +272,26 @@ def of_several_clusters(rows: Sequence[PointFront]) -> tuple[PointFront, ...]:
 
     Of the winner's predictor, or where that makes its own clusters, of the one with the most K.
     """
-    groups: dict[tuple[str, str, str, float | None], list[PointFront]] = {}
+    groups: dict[tuple[object, ...], list[PointFront]] = {}
     for row in rows:
-        told = row.point.as_dict()
-        same = [g for g in groups if g[:3] == (row.point.predictor, row.point.features, row.point.options)]
-        key = (row.point.predictor, row.point.features, row.point.options, told["shrinkage"])
-        if told["shrinkage"] is None and same:  # infinite K knows no shrinkage: it goes with the first
-            key = same[0]
-        groups.setdefault(key, []).append(row)
+        clusters, rest = _clusters_and_rest(row.point)
+        if clusters is not None:
+            groups.setdefault(rest, []).append(row)
+    for row in rows:
+        clusters, rest = _clusters_and_rest(row.point)
+        if clusters is None:  # labels know neither shrinkage nor clustering: they go with every group of the predictor
+            like = [group for other, group in groups.items() if other[:3] == rest[:3]]
+            for group in like or [groups.setdefault(rest, [])]:
+                group.append(row)
     best = max(groups.values(), key=lambda group: (len(group) > 1 and any(r.won for r in group), len(group)))
-    return tuple(sorted(best, key=lambda row: row.point.as_dict()["clusters"] or np.inf))
+    return tuple(sorted(best, key=lambda row: _clusters_and_rest(row.point)[0] or np.inf))
+
+
+def _clusters_and_rest(point: GridPoint) -> tuple[int | None, tuple[object, ...]]:
+    """K of a point's targets, None for infinite, and what else tells points apart, the predictor first."""
+    told = point.as_dict()
+    clusters: int | None = told.pop("clusters")
+    return clusters, (told.pop("predictor"), told.pop("features"), told.pop("options"), *told.values())
 
 
 def _discretisation(config: SweepConfig, clusters: int) -> Discretisation:

@@ -119,10 +119,10 @@ def summarise(
     target, _, test = outcomes
     prices = config.prices.grid()
     low = float(priced.final.min())
-    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, settings)
+    classes = plan.dataset.description.classes
+    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, len(classes), settings)
     budgets = budget_rows(fronts, settings, low)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[plan.tree.full_path]].mean())
-    classes = plan.dataset.description.classes
     wanted = {
         gate: targets_of(winner.point, gate, plan.tree, target, test, config.seed)
         for gate in plan.tree.gates

@@ -22,7 +22,7 @@ FRONT_ARTIFACT = f"artifacts/{FRONT}"
 # what serving imports; a test compares it with what is loaded then
 SERVING = (
     "mlflow", "torch", "torchvision", "timm", "huggingface-hub", "safetensors", "numpy", "pandas", "scipy",
-    "scikit-learn", "pyarrow", "pydantic", "pyyaml", "pillow",
+    "scikit-learn", "threadpoolctl", "pyarrow", "pydantic", "pyyaml", "pillow",
 )  # fmt: skip
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),

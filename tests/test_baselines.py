@@ -49,7 +49,7 @@ def baseline_data(
 ) -> BaselineData:
     final = costs_of(tree, 0) + head
     return BaselineData(
-        tree, final, costs_of(tree, head), answers(tree, select, seed), answers(tree, test, seed + 1), 3
+        tree, final, costs_of(tree, head), answers(tree, select, seed), answers(tree, test, seed + 1), 3, CLASSES
     )
 
 
@@ -320,7 +320,7 @@ class TestThreshold:
             answers(tree, n, 0), errors=np.stack([~easy, np.zeros(n, bool)], axis=1), uncertainty=uncertainty
         )
         costs = np.array([0.5, 1.0])
-        pair = BASELINES["threshold"](BaselineData(tree, costs, costs, select, select, 0), np.array([0.1]))
+        pair = BASELINES["threshold"](BaselineData(tree, costs, costs, select, select, 0, CLASSES), np.array([0.1]))
         cost, accuracy = operating_points(pair.select, select.errors, costs)
         best = int(np.argmax(accuracy))
         assert accuracy[best] == 1
@@ -379,6 +379,7 @@ class TestThreshold:
             replace(select, uncertainty=distinct * select.uncertainty),
             test,
             0,
+            CLASSES,
         )
         before = time.process_time()
         BASELINES["threshold"](data, PricesConfig().grid())
@@ -407,7 +408,7 @@ class TestBadInput:
         tree = PathTree.of((2, 3, 4, 5, 6, 7, 8, 32), 5, "full")
         costs = np.ones(len(tree.paths))
         with pytest.raises(InvalidPathError, match="at most 32767"):
-            BaselineData(tree, costs, costs, DATA.select, DATA.test, 0)
+            BaselineData(tree, costs, costs, DATA.select, DATA.test, 0, CLASSES)
 
     def test_both_halves_of_a_pair_have_the_same_settings(self) -> None:
         pair = BASELINES["static"](DATA, PRICES)

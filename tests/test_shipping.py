@@ -123,7 +123,7 @@ def test_it_is_not_behind_thresholds_on_images_like_those_it_was_tuned_on() -> N
         relative(path_costs(CHEAP_STEM, TREE.paths, evaluated=e), CHEAP_STEM, TREE) for e in ("final", "every")
     )
     tuning = Outcomes.joined_answers([TARGET, SELECT])
-    rival = measure(BASELINES["threshold"](BaselineData(TREE, final, every, tuning, TEST, 0), PRICES), tuning, TEST)
+    rival = measure(BASELINES["threshold"](BaselineData(TREE, final, every, tuning, TEST, 0, 10), PRICES), tuning, TEST)
     decisions, costs = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
     own = measured(decisions, TEST.errors, costs)
     gain = hypervolume_per_image(own.cost, own.correct, float(final.min())) - hypervolume_per_image(

@@ -9,7 +9,7 @@ from quee_core.errors import InvalidPathError, NumericError, ShapeMismatchError
 from quee_core.fronts import Decisions
 from quee_core.gates import check_prices
 from quee_core.paths import PathTree
-from quee_core.tables import TOP, Outcomes
+from quee_core.tables import Outcomes
 
 MAX_PATHS = np.iinfo(np.int16).max  # choices are int16
 MAX_PRICES = 60  # of the grid, evenly spread, at which gates are trained: as many as rules compete for to ship
@@ -20,8 +20,8 @@ class BaselineData:
     """Outcomes and costs that all methods share.
 
     final, every: relative costs float64 [paths], without and with the heads of the exits on the way.
-    select: what may be fitted and tuned on: the images of `target` and `select`. parts: outcomes that `select` joins,
-    in its order, which have the embeddings that it may lack; none where it has them itself.
+    select: what may be fitted and tuned on: the images of `target` and `select`. classes: how many there are. parts:
+    outcomes that `select` joins, in its order, with the embeddings that it may lack; none where it has them itself.
     Raises ShapeMismatchError unless costs and outcomes are aligned with the tree, NumericError for costs that are not
     finite, InvalidPathError for a tree of more than 32,767 paths.
     """
@@ -32,6 +32,7 @@ class BaselineData:
     select: Outcomes
     test: Outcomes
     seed: int
+    classes: int
     parts: tuple[Outcomes, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,14 +67,6 @@ class BaselineData:
         """PCA components behind the answers of the path at `position`, of `select` and of `test`; float32 [n, d]."""
         own = [part.embedding[:, position].astype(np.float32) for part in self.parts or (self.select,)]
         return np.concatenate(own), self.test.embedding[:, position].astype(np.float32)
-
-    @property
-    def classes(self) -> int:
-        """How many classes there are, as far as answers and the labels of `select` tell."""
-        kept = self.select.top_p.shape[2]
-        if kept < TOP:  # tables then hold all of them
-            return int(kept)
-        return 1 + int(max(self.select.labels.max(), self.select.top_class.max(), self.test.top_class.max()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,7 @@ class Regression:
         spread[spread < 1e-9] = np.inf
         offset = prior_logits(wanted)
         rows = np.column_stack([(values - mean) / spread, np.ones(len(values))])
-        with threadpool_limits(
-            limits=1, user_api="blas"
-        ):  # its products are small; the number of threads must not show
+        with threadpool_limits(limits=1, user_api="blas"):  # the number of threads must not show
             weights = _newton(rows, wanted, offset)
         weights[-1] += offset
         return cls(mean, spread, weights)

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from quee_core.baselines.answers import label_losses, log_probabilities
 from quee_core.baselines.data import BaselineData, PolicyPair, thinned
@@ -115,7 +116,8 @@ def train_gates(data: BaselineData, ladder: list[int], prices: NDArray[np.float6
     gates, targets = _fit_gates(rows, losses, warmth, costs, prices)
     for _ in range(ROUNDS - 1):
         chance = exit_probabilities(Gates(ladder, gates, np.zeros((len(gates), len(prices)))).activations(select))
-        warmer = np.stack([(chance[:, k].T @ loss).argmin(axis=1) for k, loss in enumerate(losses)])
+        with threadpool_limits(limits=1, user_api="blas"):  # the number of threads must not show in near ties
+            warmer = np.stack([(chance[:, k].T @ loss).argmin(axis=1) for k, loss in enumerate(losses)])
         if np.array_equal(warmer, warmth):
             break
         warmth = warmer

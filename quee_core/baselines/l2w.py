@@ -13,18 +13,22 @@ heads trained on the other, and those of `test` from heads trained on both. Corr
 their favour.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from quee_core.baselines.answers import answered, confidences, log_probabilities
 from quee_core.baselines.data import BaselineData, PolicyPair
 from quee_core.baselines.ladders import LadderAnswers, LadderPolicy, ladder_pair, replaced_errors, threshold_policies
 from quee_core.tables import Outcomes
+from quee_core.thresholds import CONFIDENCES
 
 EPOCHS = 8
 BATCH = 512
@@ -35,6 +39,7 @@ META_LEARNING_RATE = 1e-3  # Adam's, of the weight network
 HIDDEN = 64
 RANGE = 0.8  # weights lie in 1 +- this
 FALLING = 0.75  # share of an exit over that of the exit before
+TOGETHER = 1024  # images that are answered at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +51,28 @@ class Seen:
     labels: Tensor
 
     def take(self, rows: Tensor) -> "Seen":
-        """The images at `rows`."""
+        """The images at `rows`, int64."""
         return Seen(self.log_p[rows], self.embedding[rows], self.labels[rows])
+
+
+Take = Callable[[Tensor], Seen]  # images by their rows: all of them together would not fit, of many classes
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExits:
+    """What tables hold along the paths at `ladder`. embedding: float32 [n, L, d], scaled."""
+
+    outcomes: Outcomes
+    ladder: list[int]
+    embedding: NDArray[np.float32]
+    classes: int
+
+    def take(self, rows: Tensor) -> Seen:
+        """The images at `rows`, int64."""
+        at = rows.numpy()
+        log_p = [log_probabilities(self.outcomes, position, self.classes, at) for position in self.ladder]
+        labels = self.outcomes.labels[at].astype(np.int64)
+        return Seen(*map(torch.from_numpy, (np.stack(log_p, axis=1), self.embedding[at], labels)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +103,14 @@ def weighted_heads(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPai
     """Thresholds on the answers of corrected heads, tuned as `threshold` tunes them. Raises as that does."""
     policies: list[LadderPolicy] = []
     own: dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-    half = np.random.default_rng([data.seed, data.select.images]).permutation(data.select.images) % 2 == 0
+    half = torch.from_numpy(np.random.default_rng([data.seed, data.select.images]).permutation(data.select.images)) % 2
     for bits in data.tree.bits:
         ladder = data.ladder(bits)
-        on_select, on_test = _seen(data, ladder)
-        logits = torch.empty_like(on_select.log_p)
-        for held in map(torch.from_numpy, (half, ~half)):
-            logits[held] = train_corrections(on_select.take(~held), data.seed)(on_select.take(held))
-        final = train_corrections(on_select, data.seed)(on_test)
-        select, test = _answers(logits, data.select, ladder), _answers(final, data.test, ladder)
+        on_select, on_test = _stored(data, ladder)
+        crossed = [train_corrections(on_select.take, torch.nonzero(half != k)[:, 0], data.seed) for k in range(2)]
+        final = train_corrections(on_select.take, torch.arange(len(half)), data.seed)
+        select = _answers(on_select, crossed, half)
+        test = _answers(on_test, [final], torch.zeros(data.test.images, dtype=torch.int64))
         own |= {p: (select.errors[:, k], test.errors[:, k]) for k, p in enumerate(ladder)}
         policies += threshold_policies(f"{bits} bits", data.every, ladder, select, test, prices)
     return ladder_pair(
@@ -95,14 +119,18 @@ def weighted_heads(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPai
     )  # fmt: skip
 
 
-def train_corrections(seen: Seen, seed: int) -> Corrections:
-    """Corrections of all heads, trained together with the network that weighs their images."""
-    n, exits, classes = seen.log_p.shape
-    heads = Corrections.none(exits, seen.embedding.shape[2], classes)
+def train_corrections(take: Take, rows: Tensor, seed: int) -> Corrections:
+    """Corrections of all heads, trained together with the network that weighs their images, on those at `rows`.
+
+    The same bits whatever number of threads is at work.
+    """
+    n, first = len(rows), take(rows[:1])
+    _, exits, classes = first.log_p.shape
+    heads = Corrections.none(exits, first.embedding.shape[2], classes)
     if n < 4:
         return heads
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), threadpool_limits(limits=1):
         weigher = _weigher(exits, generator)
         for parameter in heads.all:
             parameter.requires_grad_(True)
@@ -110,9 +138,9 @@ def train_corrections(seen: Seen, seed: int) -> Corrections:
         step = torch.optim.SGD(heads.all, lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, EPOCHS * -(-n // BATCH))
         for _ in range(EPOCHS):
-            for rows in torch.split(torch.randperm(n, generator=generator), BATCH):
-                if len(rows) >= 4:
-                    batch = seen.take(rows)
+            for drawn in torch.split(torch.randperm(n, generator=generator), BATCH):
+                if len(drawn) >= 4:
+                    batch = take(rows[drawn])
                     _teach(weigher, teach, heads, batch, float(schedule.get_last_lr()[0]))
                     step.zero_grad()
                     torch.autograd.backward(_weighted_loss(weigher, heads, batch, teaching=False) + _decay(heads))
@@ -173,7 +201,8 @@ def _decay(heads: Corrections) -> Tensor:
 
 def _weigher(exits: int, generator: torch.Generator) -> nn.Module:
     """Losses at all exits to weights at all exits; the last layer starts at 0, so that all weights start at 1."""
-    first, last = nn.Linear(exits, HIDDEN), nn.Linear(HIDDEN, exits)
+    # torch's own initialisation would draw from the generator that all share
+    first, last = skip_init(nn.Linear, exits, HIDDEN), skip_init(nn.Linear, HIDDEN, exits)
     with torch.no_grad():
         first.weight.copy_(torch.randn(HIDDEN, exits, generator=generator) * (2 / exits) ** 0.5)
         for zeros in (first.bias, last.weight, last.bias):
@@ -181,24 +210,32 @@ def _weigher(exits: int, generator: torch.Generator) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), last)
 
 
-def _seen(data: BaselineData, ladder: list[int]) -> tuple[Seen, Seen]:
-    """What `select` and `test` hold along the paths at `ladder`; embeddings scaled as they spread on `select`."""
+def _stored(data: BaselineData, ladder: list[int]) -> tuple[StoredExits, StoredExits]:
+    """Of `select` and `test`; embeddings are scaled as they spread on `select`."""
     pairs = [data.embeddings(position) for position in ladder]
     scales = [np.maximum(select.std(), 1e-6) for select, _ in pairs]
-    found = []
-    for which, outcomes in enumerate((data.select, data.test)):
-        log_p = np.stack([log_probabilities(outcomes, position, data.classes) for position in ladder], axis=1)
-        embedding = np.stack([pair[which] / scale for pair, scale in zip(pairs, scales, strict=True)], axis=1)
-        found.append(Seen(*map(torch.from_numpy, (log_p, embedding, outcomes.labels.astype(np.int64)))))
-    return found[0], found[1]
+    on_select, on_test = (
+        StoredExits(
+            outcomes, ladder, np.stack([pair[k] / scale for pair, scale in zip(pairs, scales, strict=True)], axis=1),
+            data.classes,
+        )
+        for k, outcomes in enumerate((data.select, data.test))
+    )  # fmt: skip
+    return on_select, on_test
 
 
-def _answers(logits: Tensor, outcomes: Outcomes, ladder: list[int]) -> LadderAnswers:
-    values = logits.numpy()
-    said = [answered(values[:, k], outcomes.predicted[:, position]) for k, position in enumerate(ladder)]
-    sure = [confidences(values[:, k]) for k in range(len(ladder) - 1)]
-    measures = confidences(values[:, 0])
-    return LadderAnswers(
-        np.stack(said, axis=1) != outcomes.labels[:, None],
-        {m: np.stack([each[m] for each in sure], axis=1) if sure else np.empty((outcomes.images, 0)) for m in measures},
-    )
+def _answers(stored: StoredExits, heads: list[Corrections], which: Tensor) -> LadderAnswers:
+    """Each image's answers by one of `heads`: `which`, int64 [n]."""
+    outcomes, exits = stored.outcomes, len(stored.ladder)
+    errors = np.empty((outcomes.images, exits), bool)
+    sure = {measure: np.empty((outcomes.images, exits - 1)) for measure in CONFIDENCES}
+    for number, corrected in enumerate(heads):
+        for rows in torch.split(torch.nonzero(which == number)[:, 0], TOGETHER):
+            logits, at = corrected(stored.take(rows)).numpy(), rows.numpy()
+            for k, position in enumerate(stored.ladder):
+                said = answered(logits[:, k], outcomes.predicted[at, position])
+                errors[at, k] = said != outcomes.labels[at]
+                if k < exits - 1:
+                    for measure, values in confidences(logits[:, k]).items():
+                        sure[measure][at, k] = values
+    return LadderAnswers(errors, sure)

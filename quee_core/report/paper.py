@@ -117,7 +117,7 @@ def predictors(record: SweepRecord, rows: Sequence[PointFront]) -> go.Figure:
     """Fig. 4: fronts of the gates by predictors of different RMSE, evenly picked where there are many."""
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_FRONTS, len(rows))).round().astype(int))
     shown = [rows[k] for k in picked.tolist()]
-    named = {f"RMSE {row.rmse:.4f}: {_point(row)}": row for row in shown}
+    named = [(f"RMSE {row.rmse:.4f}: {_point(row)}", row) for row in shown]
     what = "Gates' rule by predictors of the grid. RMSE is against error rates of clusters of test images"
     return _fronts(record, "Fig. 4: fronts of predictors of different RMSE", named, what)
 
@@ -184,7 +184,7 @@ def ladder(record: SweepRecord, rows: Sequence[LadderRow]) -> go.Figure:
 
 def cluster_fronts(record: SweepRecord, rows: Sequence[PointFront]) -> go.Figure:
     """Fig. 5C: fronts of the gates for several K, all else being equal."""
-    named = {f"K = {row.point.as_dict()['clusters'] or '∞'}": row for row in rows}
+    named = [(f"K = {row.point.as_dict()['clusters'] or '∞'}", row) for row in rows]
     what = "Gates' rule by one predictor of the grid, for several numbers K of clusters in its targets"
     if rows:
         what += f": {rows[0].point.predictor}, {rows[0].point.features}"
@@ -210,10 +210,10 @@ def _shares(rows: Sequence[ShareRow], *, exit_: int | None = None, bits: int | N
     return [sum(share for text, share in row.shares.items() if belongs(Path.parse(text))) for row in rows]
 
 
-def _fronts(record: SweepRecord, title: str, named: Mapping[str, PointFront], what: str) -> go.Figure:
+def _fronts(record: SweepRecord, title: str, named: Sequence[tuple[str, PointFront]], what: str) -> go.Figure:
     figure = go.Figure()
     swatches = palette.exit_colours(max(1, len(named)))
-    for (name, row), colour in zip(named.items(), swatches, strict=False):
+    for (name, row), colour in zip(named, swatches, strict=False):
         order = np.argsort(row.front.cost, kind="stable")
         cost = (row.front.cost[order] * record.full_cost).tolist()
         accuracy = row.front.correct.mean(axis=1)[order].tolist()
@@ -244,7 +244,8 @@ def _titled(figure: go.Figure, title: str, told: str, height: int) -> go.Figure:
 def _point(row: PointFront) -> str:
     told = row.point.as_dict()
     options = "" if row.point.options == "{}" else f", {row.point.options}"
-    return f"{row.point.predictor}, {row.point.features}, K = {told['clusters'] or '∞'}{options}"
+    shrunk = "" if told["shrinkage"] is None else f", shrinkage {told['shrinkage']:g}"
+    return f"{row.point.predictor}, {row.point.features}, K = {told['clusters'] or '∞'}{shrunk}{options}"
 
 
 def _nodes(walked: Walk, paths: Sequence[Path]) -> list[Path]:
