@@ -60,6 +60,8 @@ class PrefectServer:
 
     def __init__(self, folder: Path, port: int, login: str | None) -> None:
         self.folder = folder
+        self.command: list[object] = []
+        self.settings: Mapping[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.url = f"http://127.0.0.1:{port}/api"
         self._headers = {"content-type": "application/json"}
@@ -97,6 +99,22 @@ class PrefectServer:
             "/flow_runs/filter", {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_ASC"}
         )
         return found
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Started, by its command and with its settings, or started anew after it was killed."""
+        with running(self.command, self.folder / "server.log", self.settings) as process:
+            self.process = process
+
+            def answers() -> bool:
+                assert process.poll() is None, (self.folder / "server.log").read_text()
+                try:
+                    return bool(self.ask("/health"))
+                except (urllib.error.URLError, ConnectionError):
+                    return False
+
+            until("Prefect's server", answers)
+            yield
 
     def kill(self) -> None:
         """End it on the spot, as a crash does."""
@@ -139,22 +157,13 @@ def prefect_server(folder: Path, version: str | None = None, login: str | None =
         }
     )
     settings.pop("PREFECT_API_URL")
-    command: list[object] = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    server.command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     if login is not None:
         settings["PREFECT_SERVER_API_AUTH_STRING"] = login
     if version is not None:
         serve = f"import prefect, uvicorn; prefect.__version__ = {version!r}; "
         serve += f"uvicorn.run('prefect.server.api.server:create_app', factory=True, host='127.0.0.1', port={port})"
-        command = [BIN / "python", "-c", serve]
-    with running(command, folder / "server.log", settings) as process:
-        server.process = process
-
-        def answers() -> bool:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                return bool(server.ask("/health"))
-            except (urllib.error.URLError, ConnectionError):
-                return False
-
-        until("Prefect's server", answers)
+        server.command = [BIN / "python", "-c", serve]
+    server.settings = settings
+    with server.answering():
         yield server

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from flows.drawing import page, paper_figures, write_figures
 from quee_core.errors import ConfigError
 from quee_core.evaluation import gate_decisions
 from quee_core.gates import EXIT_NOW
+from quee_core.grid import Discretisation, GridPoint
 from quee_core.paths import Path as TreePath
 from quee_core.plan import RANDOM_WEIGHTS
 from quee_core.report import paper
@@ -23,6 +25,7 @@ from quee_core.shipping import GateRule
 from quee_core.store import Store
 from quee_core.studies import (
     FinishedTables,
+    PointFront,
     class_shares,
     cluster_rows,
     fitted_polynomial,
@@ -240,3 +243,17 @@ def test_the_commands_draw_and_explain(
     assert "absent.png: cannot be read" in refused(tmp_path, "explain", "absent.png", "--run", run)
     assert "no router in" in refused(tmp_path, "explain", "grey.png", "--run", "nowhere")
     assert "price" in refused(tmp_path, "explain", "grey.png", "--run", run, "--price", "-1")
+
+
+def test_infinite_k_stands_beside_the_finite_ones_whatever_comes_first(tables: FinishedTables, store: Store) -> None:
+    one = point_fronts(tables, grid_fits(tables, store, lambda *_: None))[0]
+
+    def row(clusters: int | None, shrinkage: float, *, won: bool = False) -> PointFront:
+        cut = Discretisation(clusters, shrinkage, "both", "kmeans")
+        return replace(one, point=GridPoint(cut, "logistic", "both", "{}"), won=won)
+
+    rows = (row(None, 0.0, won=True), row(4, 10.0), row(8, 10.0), row(16, 10.0), row(4, 0.0), row(8, 0.0))
+    for order in (rows, rows[::-1]):
+        several = of_several_clusters(order)
+        assert [f.point.discretisation.clusters for f in several] == [4, 8, 16, None]
+        assert several[-1].won

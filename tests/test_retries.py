@@ -1,6 +1,7 @@
 """What can pass is waited for, by every stage and in bounded time; what can't is tried once."""
 
 import time
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
@@ -8,11 +9,12 @@ from threading import Thread
 
 import pytest
 from mlflow.tracking import MlflowClient
-from prefect import Task
+from prefect import Task, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import Artifact
 from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
 from rich.console import Console
 from rich.text import Text
@@ -40,6 +42,7 @@ from tasks.retries import is_transient
 from tasks.track import DIGEST_TAG, STAGE, track
 from tests.attempts import Attempts, in_a_flow
 from tests.mlflow_server import MlflowServer
+from tests.prefect_server import prefect_server
 from tests.processes import free_ports
 from tests.quee_command import refused
 from tests.sweep_records import realistic_record
@@ -187,3 +190,28 @@ def test_a_run_page_has_one_bar_for_a_stage_that_broke_off() -> None:
     [bar] = in_a_flow(broken_off_once)
     assert bar.data == 100
     assert bar.description == "extract: 0 of 10 images; 1 computed, 2 from the store, 3.0 s"
+
+
+def test_a_run_page_is_told_later_what_happened_while_its_server_was_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with prefect_server(tmp_path / "prefect") as server, ExitStack() as again:
+
+        def away_for_a_while() -> None:
+            page = RunPage()
+            page.begin("calibrate", 2, "models")
+            server.kill()
+            page.end("calibrate", "2 computed, 0 from the store, 1.0 s", whole=True)
+            page.begin("extract", 10, "images")
+            page.end("extract", "stopped, 1.0 s", whole=False)
+            again.enter_context(server.answering())
+            page.catch_up()
+
+        with temporary_settings({PREFECT_API_URL: server.url}):
+            flow(away_for_a_while, name="of-tests")()
+        told = {bar["description"]: bar["data"] for bar in server.ask("/artifacts/filter", {})}
+    assert told == {
+        "calibrate: 0 of 2 models; 2 computed, 0 from the store, 1.0 s": 100.0,
+        "extract: 0 of 10 images; stopped, 1.0 s": 0.0,
+    }
+    assert caplog.text.count("Prefect's page of the run lacks something") == 1

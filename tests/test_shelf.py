@@ -9,7 +9,9 @@ import pytest
 from quee_core.backbones.fetched import fetch_checkpoint
 from quee_core.backbones.registry import ASSETS
 from quee_core.backbones.shelf import read_shelf
+from quee_core.config import SweepConfig
 from quee_core.errors import BackboneError, CheckpointError
+from quee_core.plan import outline
 
 WEIGHTS = (ASSETS / "micro_vit_fashion_mnist.safetensors").read_bytes()
 
@@ -101,3 +103,21 @@ def test_remote_weights_are_copied_once_and_again_when_they_change(tmp_path: Pat
     assert fetch_checkpoint(f"{shelf}/a.safetensors", tmp_path / "copies").read_bytes() == b"second"
     with pytest.raises(CheckpointError, match=r"memory://.*/b.safetensors: no such checkpoint"):
         fetch_checkpoint(f"{shelf}/b.safetensors", tmp_path / "copies")
+
+
+def test_a_plan_fetches_no_weights_and_says_that_they_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{tmp_path.name}-planned/a.safetensors"
+    put(url.removesuffix("/a.safetensors"), "a.safetensors", b"no weights at all")
+    monkeypatch.setattr("quee_core.estimate.TRIAL_PIXELS", 1)  # a single image tells the time
+    sweep = SweepConfig.model_validate(
+        {"backbone": {"name": "micro_vit_fashion_mnist", "checkpoint": url}, "run": {"runs": tmp_path / "runs"}}
+    )
+    planned, missing = outline(sweep)
+    assert missing == (f"{url}: not fetched yet; a sweep copies it to {tmp_path / 'runs' / 'checkpoints'}",)
+    assert planned.tree.paths
+    assert not (tmp_path / "runs").exists()
+    fetch_checkpoint(url, tmp_path / "runs" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        outline(sweep)  # what is there is looked at
