@@ -291,12 +291,21 @@ def test_the_page_says_what_each_baseline_needs() -> None:
     assert "What each baseline needs" not in render(record.model_copy(update={"baselines": ()}))
 
 
-def test_records_of_before_there_were_such_needs_are_read_and_time_changes_no_digest() -> None:
+def test_records_of_before_there_were_such_needs_are_read() -> None:
     record = sweep_records.realistic_record()
     older = SweepRecord.model_validate(record.model_dump(mode="json", exclude={"baselines"}))
     assert older.baselines == ()
     assert record.baselines
-    assert record_digest(older) == record_digest(record)
+
+
+def test_what_a_baseline_needs_shows_in_the_digest_and_how_fast_it_was_does_not() -> None:
+    record = sweep_records.realistic_record()
+
+    def with_needs(**changes: float) -> SweepRecord:
+        return record.model_copy(update={"baselines": tuple(b.model_copy(update=changes) for b in record.baselines)})
+
+    assert record_digest(with_needs(seconds=999.0)) == record_digest(record)
+    assert record_digest(with_needs(trainings=999)) != record_digest(record)
 
 
 def test_rendering_twice_gives_the_same_page() -> None:
