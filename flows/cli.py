@@ -140,10 +140,11 @@ def plan(
     random_weights: RandomWeightsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a sweep would compute: cells, edges of the walk, estimated time and disk; and which files it lacks.
+    """Say what a sweep would compute: cells, edges, BitOps, time and disk of each stage; and which files it lacks.
 
     Computes nothing else, and downloads nothing.
     """
+    from flows.planning import print_plan
     from quee_core.devices import choose_device
     from quee_core.estimate import estimate
     from quee_core.plan import outline
@@ -155,15 +156,10 @@ def plan(
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
-    table = Table("", "", show_header=False, title=f"plan of {config}")
-    for name, value in found.rows():
-        table.add_row(name, value)
     console = Console()
-    console.print(table)
+    print_plan(found, f"plan of {config}", console)
     for caution in planned.cautions:
         console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
-    for file in found.missing:
-        console.print(f"missing: {file}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a sweep will cost before anything runs: cells, edges, time and disk."""
+"""What a sweep will cost before anything runs: cells, edges, and stage by stage time, disk and the network's work."""
 
 import time
 from collections.abc import Sequence
@@ -9,26 +9,25 @@ import torch
 
 from quee_core.data.splits import image_count
 from quee_core.exits import FittedExits
-from quee_core.features import walked_edges
 from quee_core.grid import grid_points
 from quee_core.grid_units import grid_units
+from quee_core.paths import Path
 from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration
+from quee_core.stage_estimates import StageEstimate, stage_estimates
 from quee_core.stages import branches_of, cells_of
 from quee_core.store import Store
-from quee_core.tables import TOP
 
 QUANTIZATION_OVERHEAD = 1.3  # of a simulated segment over the float one: the bound that the benchmark checks
 TRIAL_IMAGES = 32  # at most
 TRIAL_PIXELS = 32 * 96 * 96  # at most, on a processor: of large images fewer tell as much
-ROW_BYTES = 8 + 2 + 2 + 1 + 16  # of a row's plain columns, before compression
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """images: by split. seconds: of the walk that is left to do, on the device at hand; calibration, heads, grid and
-    evaluation come on top. bytes: of the tables that it writes, before compression. missing: files without which the
-    sweep cannot run."""
+    """images: by split. stages: of all stages in turn, the walk being what is left of it to do. seconds, bytes: of that
+    walk, and of the tables that it writes, before compression. missing: files without which the sweep cannot run.
+    """
 
     images: dict[str, int]
     paths: int
@@ -41,6 +40,7 @@ class Estimate:
     grid_units: int
     seconds: float
     bytes: int
+    stages: tuple[StageEstimate, ...]
     missing: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,8 +56,6 @@ class Estimate:
             ("branches (tasks)", f"{self.branches:,}"),
             ("tree edges walked per image", f"{self.edges_per_image:,}"),
             ("grid points, units of work", f"{self.grid_points:,}, {self.grid_units:,}"),
-            ("estimated time of the walk that is left", f"{self.seconds:,.0f} s"),
-            ("estimated disk of its tables, at most", f"{self.bytes / 1e6:,.1f} MB"),
         ]
 
 
@@ -71,9 +69,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
     total = sum(len(plan.shards(split)) for split in plan.walked) * len(plan.tree.paths)
     calibration = None if missing else store.get_artefact("calibration", plan.calibration_key)
     exits = None if missing else store.get_artefact("exits", plan.exits_key)
-    classes, dimensions = len(plan.dataset.description.classes), plan.config.embedding.dimensions
-    row = ROW_BYTES + 4 * min(classes, TOP) + 2 * dimensions
-    left, edge_images, size = 0, 0, 0
+    lacking: list[tuple[int, list[Path]]] = []
     for split, shard, bits in branches:
         paths = list(plan.tree.branch(bits))
         if calibration is not None and exits is not None:
@@ -83,23 +79,23 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
             members = list(cells.values())
             absent = set() if store.sealed(members) else set(store.missing(members))
             paths = [path for path in paths if cells[path] in absent]
-        left += len(paths)
-        images = image_count(plan.shards(split)[shard])
-        edge_images += walked_edges(paths) * images
-        size += len(paths) * images * row
+        lacking.append((image_count(plan.shards(split)[shard]), paths))
     points = grid_points(plan.config)
+    segment = _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD
+    stages = {stage.stage: stage for stage in stage_estimates(plan, lacking, segment)}
     return Estimate(
         images={str(name): count for name, count in plan.images.items()},
         paths=len(plan.tree.paths),
         gates=len(plan.tree.gates),
         cells=total,
-        cells_missing=left,
+        cells_missing=sum(len(paths) for _, paths in lacking),
         branches=len(branches),
         edges_per_image=plan.tree.edges,
         grid_points=len(points),
         grid_units=len(grid_units(points, plan.tree)),
-        seconds=edge_images * _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD,
-        bytes=size,
+        seconds=stages["extract"].seconds,
+        bytes=stages["extract"].kept,
+        stages=tuple(stages.values()),
         missing=tuple(missing),
     )
 
