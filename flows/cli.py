@@ -33,7 +33,10 @@ app.add_typer(champion_app)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
 DataRootOption = Annotated[
-    Path | None, typer.Option("--data-root", help="Folder of the data set's files; replaces dataset.root.")
+    str | None,
+    typer.Option(
+        "--data-root", help="Folder of the data set's files, for parquet also a URL; replaces dataset.root."
+    ),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")
@@ -409,7 +412,7 @@ def main() -> None:
 
 def _configured(
     config: Path,
-    data_root: Path | None,
+    data_root: str | None,
     checkpoint: str | None,
     store: str | None,
     device: str | None,
@@ -420,8 +423,11 @@ def _configured(
     from quee_core.config import load_config, parse_config
 
     raw = load_config(config).model_dump(mode="python", exclude_unset=True)
+    at_url = data_root is not None and "://" in data_root
+    if data_root is not None:
+        raw.setdefault("dataset", {})["url"] = data_root if at_url else None
     for section, field, value in (
-        ("dataset", "root", data_root),
+        ("dataset", "root", None if at_url else data_root),
         ("backbone", "checkpoint", checkpoint),
         ("run", "store", store),
         ("run", "device", device),

@@ -62,6 +62,9 @@ class DatasetConfig(Section):
 
     name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
     root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
+    url: Address | None = Field(
+        None, description="Where the files of a `parquet` set lie instead, such as s3://bucket/prefix."
+    )
     fit: Fraction = Field(
         0.40,
         description="Share of the non-test images for calibration, heads and PCA; where the backbone was trained on a "

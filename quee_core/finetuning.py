@@ -42,7 +42,13 @@ WEIGHTS = "weights.safetensors"
 TRAIN: Final = "train"
 SHARE: Final = "share"
 EVALUATION_BATCH = 256
-NO_MATTER = (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "exits"), ("training", "workers"))
+NO_MATTER = (
+    ("dataset", "root"),
+    ("dataset", "url"),
+    ("backbone", "checkpoint"),
+    ("backbone", "exits"),
+    ("training", "workers"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def prepare(config: FinetuneConfig) -> Training:
     Raises the QueeError that names what does not fit, before anything is trained.
     """
     device = choose_device(config.run.device)
-    dataset = load_dataset(config.dataset.name, config.dataset.root)
+    dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
     about, asked = dataset.description, config.backbone
     parts, others = trained_parts(about)
     taken = TrainedShare(1.0 if others else config.dataset.share, config.dataset.seed)
@@ -194,7 +200,7 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
         {
             "name": f"{config.name}-sweep"[:80],
             "dataset": {
-                "name": config.dataset.name, "root": config.dataset.root,
+                "name": config.dataset.name, "root": config.dataset.root, "url": config.dataset.url,
                 **seen_images(config, training.trained_on),
             },
             "backbone": {

@@ -148,9 +148,12 @@ class Place:
             return None
         return {basename(info["name"]): _version(info) for info in listing if info["type"] != "directory"}
 
-    def stream(self, location: str) -> Any:
-        """A file opened to be read in pieces, as a context. Raises FileNotFoundError if there is none."""
-        return self._fs.open(self._full(location), "rb")
+    def stream(self, location: str, *, ahead: bool = True) -> Any:
+        """A file opened to be read in pieces, as a context; what follows a piece is fetched ahead, or left.
+
+        Raises FileNotFoundError if there is none.
+        """
+        return self._fs.open(self._full(location), "rb", cache_type="readahead" if ahead else "none")
 
     def modified(self, location: str) -> datetime | None:
         """When a file was written; None if there is no such file."""

@@ -206,7 +206,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
     classes that differ from the head's, more clusters than images.
     """
     quant_method(config.quantization.method)
-    dataset = load_dataset(config.dataset.name, config.dataset.root)
+    dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
     return _planned(config, dataset, _load(config, dataset))
 
 
@@ -219,7 +219,7 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     quant_method(config.quantization.method)
     missing: list[str] = []
     try:
-        dataset = load_dataset(config.dataset.name, config.dataset.root)
+        dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
     except MissingDataError as error:
         if config.dataset.name not in PUBLISHED:
             raise

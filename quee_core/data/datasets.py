@@ -76,6 +76,7 @@ class DatasetEntry:
     description: str
     needs_root: bool
     load: Callable[[Path | None], ImageDataset]
+    at_url: Callable[[str], ImageDataset] | None = None
 
 
 def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[np.int16]:
@@ -113,18 +114,21 @@ def _glyphs(root: Path | None) -> ImageDataset:
 
 
 def _parquet(root: Path | None) -> ImageDataset:
+    return _parquet_at(str(require_root(root, "parquet", "PART.parquet, such as train.parquet")))
+
+
+def _parquet_at(url: str) -> ImageDataset:
     from quee_core.data.parquet_set import ParquetSet
 
-    return ParquetSet.open(require_root(root, "parquet", "PART.parquet, such as train.parquet"), "parquet", "unknown")
+    return ParquetSet.open(url, "parquet", "unknown")
 
 
 def _cifar10_micro(root: Path | None) -> ImageDataset:
     from quee_core.data.parquet_set import ParquetSet
 
     folder = require_root(root, "cifar10_micro", "cifar10/heldout.parquet and cifar10/test.parquet")
-    return ParquetSet.open(
-        require_root(folder / "cifar10", "cifar10_micro", "heldout.parquet and test.parquet"), "cifar10_micro", "none"
-    )
+    below = require_root(folder / "cifar10", "cifar10_micro", "heldout.parquet and test.parquet")
+    return ParquetSet.open(str(below), "cifar10_micro", "none")
 
 
 def _folder(root: Path | None) -> ImageDataset:
@@ -163,6 +167,7 @@ _DATASETS = {
         "PART.parquet files of encoded images: columns sample_id, label (not in unlabelled.parquet), image",
         True,
         _parquet,
+        _parquet_at,
     ),
     "cifar10": DatasetEntry(
         "CIFAR-10 as published (cifar-10-batches-py)", True, _torchvision("cifar10", "cifar-10-batches-py")
@@ -185,11 +190,17 @@ _DATASETS = {
 DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(_DATASETS)
 
 
-def load_dataset(name: str, root: Path | None = None) -> ImageDataset:
-    """The data set `name`, its files under `root` where it is not bundled.
+def load_dataset(name: str, root: Path | None = None, url: str | None = None) -> ImageDataset:
+    """The data set `name`, its files under `root` where it is not bundled, or below `url`.
 
-    Raises ConfigError with near names for an unknown one, DataError for files that are missing or damaged.
+    Raises ConfigError with near names for an unknown one, or for a URL of a set that is read from a disk; DataError for
+    files that are missing or damaged, StoreError for a URL whose server does not give them.
     """
     if name not in DATASETS:
         raise ConfigError(f"data set {name!r}: unknown; {did_you_mean(name, DATASETS)}")
-    return DATASETS[name].load(root)
+    if url is None:
+        return DATASETS[name].load(root)
+    if (at_url := DATASETS[name].at_url) is None:
+        known = ", ".join(name for name, entry in DATASETS.items() if entry.at_url)
+        raise ConfigError(f"dataset.url {url}: data set {name} is read from a folder; copy it there, or use {known}")
+    return at_url(url)
