@@ -34,9 +34,7 @@ app.add_typer(champion_app)
 ConfigArgument = Annotated[Path, typer.Argument(help="A sweep as YAML, such as configs/quick.yaml.", metavar="CONFIG")]
 DataRootOption = Annotated[
     str | None,
-    typer.Option(
-        "--data-root", help="Folder of the data set's files, for parquet also a URL; replaces dataset.root."
-    ),
+    typer.Option("--data-root", help="Folder of the data set's files, for parquet also a URL; replaces dataset.root."),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="Weights of the backbone; replaces backbone.checkpoint.")

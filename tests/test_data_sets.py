@@ -368,7 +368,7 @@ def test_a_parquet_file_that_is_damaged_or_vanishes_after_opening_is_named(tmp_p
     write_parquet(path, columns())
     dataset = load_dataset("parquet", tmp_path)
     path.unlink()
-    with pytest.raises(DataError, match=r"test\.parquet: row group 2 cannot be read"):
+    with pytest.raises(DataError, match=r"test\.parquet: missing"):
         dataset.content("test", 9)
 
 

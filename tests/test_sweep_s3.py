@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from quee_core.data.parquet_set import ASSETS
 from quee_core.errors import DamagedTableError
 from quee_core.record import SweepRecord
 from quee_core.stages import branches_of, cells_of, extract_branch, outcomes_of
 from quee_core.store import Store
 from tests.conftest import SmallSweep
-from tests.quee_command import CELLS, computed, finished, write_sweep
+from tests.quee_command import CELLS, computed, finished, refused, write_sweep
 from tests.s3_gate import S3Gate
 from tests.test_store import Place, flip_a_bit
 
@@ -54,6 +56,39 @@ def test_a_sweep_on_s3_gives_the_very_same_and_its_rerun_computes_nothing(tmp_pa
     assert s3_gate.count("LIST") <= branches
     assert s3_gate.count("HEAD") == 0
     assert all(request.key.endswith(".partial") for request in s3_gate.requests if request.method == "PUT")
+
+
+@pytest.mark.usefixtures("prefect_home")
+@pytest.mark.xdist_group("s3")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's
+def test_images_on_s3_are_read_piece_by_piece_and_give_the_same_as_those_on_a_disk(
+    tmp_path: Path, s3_gate: S3Gate
+) -> None:
+    on_disk, on_s3, images = tmp_path / "disk", tmp_path / "s3", tmp_path / "images"
+    place = Place(f"s3://quee{images}")
+    for folder in (on_disk, on_s3, images):
+        folder.mkdir()
+    for part, source in (("train", "heldout"), ("test", "test")):
+        rows = pq.read_table(ASSETS / "fashion_mnist" / f"{source}.parquet").slice(0, 400)
+        pq.write_table(rows, images / f"{part}.parquet", row_group_size=50)
+        place.fs.pipe_file(f"{place.root}/{part}.parquet", (images / f"{part}.parquet").read_bytes())
+    place.fs.pipe_file(f"{place.root}/notes.txt", b"no part of it")
+    for folder in (on_disk, on_s3):
+        write_sweep(folder, dataset={"name": "parquet", "trained_on": "none"})
+    record = finished(on_disk, "--data-root", images)
+    s3_gate.requests.clear()
+    assert figures(finished(on_s3, "--data-root", place.url)) == figures(record)
+    gets = [request for request in s3_gate.requests if request.method == "GET"]
+    assert {request.key.rpartition("/")[2] for request in gets} == {"train.parquet", "test.parquet"}
+    assert all("Range" in request.headers for request in gets)
+    assert s3_gate.count("PUT") == 0
+
+    told = refused(on_s3, "plan", "sweep.yaml", "--data-root", f"s3://quee{tmp_path}/nothing")
+    assert f"s3://quee{tmp_path}/nothing holds no .parquet file of labelled images" in told
+    assert "there is no such bucket" in refused(on_s3, "plan", "sweep.yaml", "--data-root", "s3://quee-absent/images")
+    write_sweep(on_s3)
+    told = refused(on_s3, "plan", "sweep.yaml", "--data-root", place.url)
+    assert "data set fashion_mnist is read from a folder; copy it there, or use parquet" in told
 
 
 def test_sealed_tables_that_were_lost_or_damaged_are_computed_again(small_sweep: SmallSweep, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class ParquetAt:
         place = self._place
 
         def opened() -> T:
-            with place.stream(self._location, ahead=False) as source, pq.ParquetFile(source, metadata) as file:
+            with place.stream(self._location, ahead=False) as source, pq.ParquetFile(source, metadata=metadata) as file:
                 return look(file)
 
         try:
