@@ -34,10 +34,10 @@ from quee_core.tables import TOP, UNCERTAINTY, Outcomes, feature_table
 TRIAL_ROWS = 1000  # of a fit, at most
 LONG = 0.1  # seconds, of a trial that is not repeated
 TRIAL_WIDTH = 256  # features of a layer whose quantisers are searched for, at most
-# seconds an image, exit and bit-width: choice of rules and intervals, and the baselines that learn; two cores,
+# seconds an image, exit and bit-width: choice of rules and intervals, and the dear baselines; two cores,
 # n = 20,000 images, 4 exits, 3 bit-widths, 10 to 35 classes
 RULES_RATE, BASELINES_RATE = 7e-5, 1e-4
-LEARNED = frozenset({"jei-dnn", "boosted", "l2w-style", "maqee-style", "eenet-style", "eefp"})
+DEAR = frozenset({"jei-dnn", "boosted", "l2w-style", "maqee-style", "eenet-style", "eefp"})
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _costs(plan: SweepPlan) -> CostTable:
 def _calibrate(plan: SweepPlan, table: CostTable, whole: float) -> StageEstimate:
     images = image_count(plan.calibration_images())
     blocks = sum(1 for _ in _blocks(plan))
-    searched = blocks * len(plan.calibrated_bits) * _seconds_a_block(plan)
+    searched = blocks * len(bits) * _seconds_a_block(plan, bits[0]) if (bits := plan.calibrated_bits) else 0.0
     bitops = images * (table.stem + sum(table.segments[FULL_PRECISION]))
     weights = sum(p.numel() for p in plan.loaded.backbone.parameters())
     return StageEstimate(
@@ -155,7 +155,7 @@ def _fit_the_grid(plan: SweepPlan) -> StageEstimate:
 
 def _evaluate(plan: SweepPlan) -> StageEstimate:
     images, asked = sum(plan.images[split] for split in plan.walked), set(plan.config.evaluation.baselines)
-    rate = RULES_RATE + BASELINES_RATE * len(asked & LEARNED) / len(LEARNED)
+    rate = RULES_RATE + BASELINES_RATE * len(asked & DEAR) / len(DEAR)
     return StageEstimate("evaluate", 0, 0.0, rate * images * plan.tree.depth * len(plan.tree.bits), 0, 0)
 
 
@@ -164,13 +164,9 @@ def _blocks(plan: SweepPlan) -> Iterator[Any]:
 
 
 @torch.inference_mode()
-def _seconds_a_block(plan: SweepPlan) -> float:
-    """Search for the quantisers of one block at the lowest bit-width: a square layer, scaled, and its attention."""
-    method, bits, backbone = (
-        quant_method(plan.config.quantization.method),
-        plan.calibrated_bits[0],
-        plan.loaded.backbone,
-    )
+def _seconds_a_block(plan: SweepPlan, bits: int) -> float:
+    """Search for the quantisers of one block: a square layer, scaled, and its attention."""
+    method, backbone = quant_method(plan.config.quantization.method), plan.loaded.backbone
     block = next(_blocks(plan))
     layers = [part for part in block.modules() if isinstance(part, nn.Linear)]
     own = min(TRIAL_WIDTH, backbone.embed_dim)
