@@ -159,7 +159,8 @@ def plan(
         return
     console = Console()
     print_plan(found, f"plan of {config}", console)
-    for caution in planned.cautions:
+    unread = "images at a URL are not read for a plan; the store may have tables of them"
+    for caution in (*planned.cautions, *([unread] if asked.dataset.url else [])):
         console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -12,8 +12,8 @@ def print_plan(found: Estimate, title: str, console: Console) -> None:
     for name, value in found.rows():
         counts.add_row(name, value)
     console.print(counts)
-    stages = Table("stage", title="its stages, roughly, if the store has nothing but tables")
-    for head in ("passes of a segment", "BitOps", "time", "disk, at most", "meanwhile"):
+    stages = Table("stage", title="its stages, roughly; the store's calibration, heads and fits are not counted off")
+    for head in ("passes of a segment", "BitOps", "time", "disk, about", "meanwhile"):
         stages.add_column(head, justify="right")
     for stage in found.stages:
         stages.add_row(

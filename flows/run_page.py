@@ -40,7 +40,7 @@ PAUSE = 60.0  # seconds without updates once the server was found away
 
 @dataclass
 class _Bar:
-    """A stage's bar. unsaid: percent and text that the server has not taken yet. broken: may begin again."""
+    """A stage's bar. unsaid: percent and text that the server has not taken yet. broken: ended, but may begin again."""
 
     stage: str
     total: int
@@ -51,6 +51,7 @@ class _Bar:
     shown: float = 0.0  # percent
     told: float = field(default_factory=time.monotonic)
     unsaid: tuple[float, str] | None = None
+    ended: bool = False
     broken: bool = False
 
     @property
@@ -74,26 +75,28 @@ class RunPage:
 
     def __init__(self) -> None:
         self._bars: list[_Bar] = []  # the last one of a stage is the one that counts
-        self._lock = Lock()
+        self._lock = Lock()  # of what is known; held for moments
+        self._sending = Lock()  # one at a time, so that no older word comes after a newer one
         self._resumes = -math.inf  # on the monotonic clock, once the server was found away
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Add the stage's bar, or empty that of one that broke off."""
         with self._lock:
-            before = self._bar(stage)
-            again = before is not None and before.broken
-            bar = _Bar(stage, total, unit, before.artifact if before is not None and again else None)
-            if before is not None and again:
-                self._bars.remove(before)
-            self._bars.append(bar)
+            bar = self._bar(stage)
+            again = bar is not None and bar.broken
+            if bar is None or not again:
+                bar = _Bar(stage, total, unit)
+                self._bars.append(bar)
+            bar.total, bar.done, bar.shown, bar.begun = total, 0, 0.0, time.monotonic()
+            bar.ended = bar.broken = False
             bar.unsaid = 0.0, f"{stage}: begun{' again' if again else ''}"
-        self._tell()
+        self._tell(wait=True)
 
     def advance(self, stage: str, steps: int) -> None:
         """Move it, where enough has passed since the last time."""
         with self._lock:
             bar = self._bar(stage)
-            if bar is None:
+            if bar is None or bar.ended:  # of a stage that broke off, other threads have steps left
                 return
             bar.done += steps
             percent, now = bar.percent, time.monotonic()
@@ -101,45 +104,62 @@ class RunPage:
                 return
             bar.shown, bar.told = percent, now
             bar.unsaid = percent, bar.describe()
-        self._tell()
+        self._tell(wait=False)
 
     def end(self, stage: str, note: str, *, whole: bool) -> None:
         """Say how the stage ended, and fill its bar if it is `whole`."""
         with self._lock:
             bar = self._bar(stage)
-            if bar is None:
+            if bar is None or bar.ended:
                 return
-            bar.broken = not whole
+            bar.ended, bar.broken = True, not whole
             bar.unsaid = 100.0 if whole else bar.percent, f"{bar.describe()}; {note}"
-        self._tell()
+        self._tell(wait=True)
 
-    def catch_up(self) -> None:
-        """Tell what is unsaid, however short a while ago the server was away."""
-        self._resumes = -math.inf
-        self._tell()
+    def catch_up(self, *, insist: bool) -> None:
+        """Tell what is unsaid; with `insist` also where the server was away a moment ago."""
+        if insist:
+            self._resumes = -math.inf
+        self._tell(wait=True)
 
     def _bar(self, stage: str) -> _Bar | None:
         return next((bar for bar in reversed(self._bars) if bar.stage == stage), None)
 
-    def _tell(self) -> None:
-        """Send what is unsaid, the oldest bar first, until the server proves to be away."""
+    def _tell(self, *, wait: bool) -> None:
+        """Send what is unsaid, the oldest bar first, until the server proves to be away.
+
+        wait: for another thread that is sending; it tells what was unsaid when it came to it.
+        """
+        if not self._sending.acquire(blocking=wait):
+            return
+        try:
+            while time.monotonic() >= self._resumes and (bar := self._late()) is not None and self._sent(bar):
+                pass
+        finally:
+            self._sending.release()
+
+    def _late(self) -> _Bar | None:
         with self._lock:
-            late = [(bar, bar.unsaid) for bar in self._bars if bar.unsaid is not None]
-        for bar, (percent, told) in late:
-            if time.monotonic() < self._resumes:
-                return
-            with done_without(logger, LACKING), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
-                try:
-                    if bar.artifact is None:
-                        bar.artifact = _created(bar.stage, percent, told)
-                    else:
-                        update_progress_artifact(bar.artifact, progress=percent, description=told)
-                except httpx.TransportError:
-                    self._resumes = time.monotonic() + PAUSE
-                    raise
-            with self._lock:
-                if time.monotonic() >= self._resumes and bar.unsaid == (percent, told):
-                    bar.unsaid = None
+            return next((bar for bar in self._bars if bar.unsaid is not None), None)
+
+    def _sent(self, bar: _Bar) -> bool:
+        """Whether the server took the latest word of `bar`, or will never do so."""
+        with self._lock:
+            word, bar.unsaid = bar.unsaid, None
+        assert word is not None  # only who sends takes it away
+        percent, told = word
+        with done_without(logger, LACKING), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
+            try:
+                if bar.artifact is None:
+                    bar.artifact = _created(bar.stage, percent, told)
+                else:
+                    update_progress_artifact(bar.artifact, progress=percent, description=told)
+            except httpx.TransportError:
+                self._resumes = time.monotonic() + PAUSE
+                with self._lock:
+                    bar.unsaid = bar.unsaid or word
+                raise
+        return time.monotonic() >= self._resumes
 
 
 def _created(stage: str, percent: float, told: str) -> UUID:

@@ -160,13 +160,17 @@ def bitops_costs(rows: tuple[SegmentCost, ...], tree: PathTree) -> CostTable:
 
 
 def dataset_name(dataset: str, config: Mapping[str, Any]) -> str:
-    """What a data set is called among registered models; a user's own has the name of its folder in it.
+    """What a data set is called among registered models; a user's own has the name of its folder, or of the last part
+    of its URL, in it.
 
     config: of a record. What is no letter, digit, "_", "." or "-" becomes "-".
     """
-    root = config.get("dataset", {}).get("root")
-    own = dataset in SHARED_NAMES and root is not None
-    return re.sub(r"[^\w.-]", "-", f"{dataset}-{FilePath(root).resolve().name}" if own else dataset, flags=re.ASCII)
+    section = config.get("dataset", {})
+    url, root = section.get("url"), section.get("root")
+    if dataset in SHARED_NAMES and (url or root) is not None:
+        place = url.rstrip("/").rpartition("/")[2] if url else FilePath(root).resolve().name
+        dataset = f"{dataset}-{place}"
+    return re.sub(r"[^\w.-]", "-", dataset, flags=re.ASCII)
 
 
 def _differing(one: ServedFront, other: ServedFront) -> str | None:

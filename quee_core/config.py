@@ -54,6 +54,8 @@ def _no_credentials(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(_no_credentials), Field(json_schema_extra={"pattern": WITHOUT_LOGIN})]
 
+IMAGE_PLACES = ("s3", "s3a", "file", "memory")  # whose faults are put into words
+
 S = TypeVar("S", bound=Section)
 
 
@@ -63,7 +65,10 @@ class DatasetConfig(Section):
     name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
     root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
     url: Address | None = Field(
-        None, description="Where the files of a `parquet` set lie instead, such as s3://bucket/prefix."
+        None,
+        description="Where the files of a `parquet` set lie instead, such as s3://bucket/prefix. Each walk reads the "
+        "row groups that it needs anew, and so does each image's fingerprint: copy what is read often to a disk. "
+        "`root` still serves weights.",
     )
     fit: Fraction = Field(
         0.40,
@@ -103,6 +108,14 @@ class DatasetConfig(Section):
         if (self.trained_on == "share") != (self.trained_share is not None):
             raise ValueError("trained_on: share and trained_share belong together; give both, or neither")
         return self
+
+    @field_validator("url")
+    @classmethod
+    def _readable(cls, url: str | None) -> str | None:
+        """Forms send an empty text for none."""
+        if url and url.partition("://")[0] not in IMAGE_PLACES:
+            raise ValueError(f"{url}: want s3://bucket/prefix; a folder is given as root")
+        return url or None
 
     @property
     def seen_by_backbone(self) -> TrainedOn | TrainedShare | None:

@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from quee_core.data.splits import image_count
+from quee_core.data.splits import image_count, subsample
 from quee_core.exits import FittedExits
 from quee_core.grid import grid_points
 from quee_core.grid_units import grid_units
 from quee_core.paths import Path
 from quee_core.plan import SweepPlan
 from quee_core.quantize.calibration import Calibration
-from quee_core.stage_estimates import StageEstimate, stage_estimates
+from quee_core.stage_estimates import Pace, StageEstimate, stage_estimates
 from quee_core.stages import branches_of, cells_of
 from quee_core.store import Store
 
@@ -62,13 +63,15 @@ class Estimate:
 def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Sequence[str] = ()) -> Estimate:
     """Count what `plan` asks for, look up what `store` has, and time one float pass of a few images on `device`.
 
-    Without a calibration and exits in the store no cell can be there, so all count as missing; where files are
-    `missing`, as `outline` tells, their keys are not known, and nothing is looked up.
+    Without a calibration and exits in the store no cell can be there, so all count as missing. Where files are
+    `missing`, as `outline` tells, their keys are not known; those of images at a URL would have to be made of all of
+    them. Then nothing is looked up.
     """
     branches = branches_of(plan)
     total = sum(len(plan.shards(split)) for split in plan.walked) * len(plan.tree.paths)
-    calibration = None if missing else store.get_artefact("calibration", plan.calibration_key)
-    exits = None if missing else store.get_artefact("exits", plan.exits_key)
+    unknown = bool(missing) or plan.config.dataset.url is not None
+    calibration = None if unknown else store.get_artefact("calibration", plan.calibration_key)
+    exits = None if unknown else store.get_artefact("exits", plan.exits_key)
     lacking: list[tuple[int, list[Path]]] = []
     for split, shard, bits in branches:
         paths = list(plan.tree.branch(bits))
@@ -81,8 +84,8 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
             paths = [path for path in paths if cells[path] in absent]
         lacking.append((image_count(plan.shards(split)[shard]), paths))
     points = grid_points(plan.config)
-    segment = _seconds_an_edge(plan, device) * QUANTIZATION_OVERHEAD
-    stages = {stage.stage: stage for stage in stage_estimates(plan, lacking, segment)}
+    pace = _pace(plan, device, readable=not missing)
+    stages = {stage.stage: stage for stage in stage_estimates(plan, lacking, pace, device)}
     return Estimate(
         images={str(name): count for name, count in plan.images.items()},
         paths=len(plan.tree.paths),
@@ -101,21 +104,34 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
 
 
 @torch.inference_mode()
-def _seconds_an_edge(plan: SweepPlan, device: torch.device) -> float:
-    """Seconds that one image takes through one segment of average length, in float."""
+def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
+    """Measured on few images without content, and where they are `readable` on a disk, by reading as many."""
     backbone = plan.loaded.backbone.to(device)
     _, height, width = backbone.image_shape
     few = TRIAL_PIXELS // (height * width) if device.type == "cpu" else TRIAL_IMAGES
     count = max(1, min(TRIAL_IMAGES, few))
     images = torch.zeros(count, *backbone.image_shape, device=device)
-    tokens = backbone.stem(images)
-    taken = []
+    stem, segments = 0.0, 0.0
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
-        hidden = tokens
+        hidden = backbone.stem(images)
+        _finished(device)
+        stem = time.perf_counter() - started
+        started = time.perf_counter()
         for part in backbone.segments:
             hidden = part(hidden)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return taken[-1] / count / backbone.depth
+        _finished(device)
+        segments = time.perf_counter() - started
+    read = 0.0
+    if readable and plan.config.dataset.url is None:
+        started = time.perf_counter()
+        with closing(plan.batches(subsample(plan.dataset, plan.splits["fit"], count, 0))) as batches:
+            for _batch in batches:
+                pass
+        read = time.perf_counter() - started
+    return Pace(segments / count / backbone.depth * QUANTIZATION_OVERHEAD, (stem + read) / count)
+
+
+def _finished(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -13,9 +13,6 @@ class FinetuneDataConfig(Section):
 
     name: str = Field("fashion_mnist", description="A name that `quee datasets` lists.")
     root: FilePath | None = Field(None, description="Folder of the files, for sets that quee does not ship.")
-    url: Address | None = Field(
-        None, description="Where the files of a `parquet` set lie instead, such as s3://bucket/prefix."
-    )
     share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.8,
         description="Share of all images but the test part that is learnt from, where the set has no other labelled "

@@ -42,13 +42,7 @@ WEIGHTS = "weights.safetensors"
 TRAIN: Final = "train"
 SHARE: Final = "share"
 EVALUATION_BATCH = 256
-NO_MATTER = (
-    ("dataset", "root"),
-    ("dataset", "url"),
-    ("backbone", "checkpoint"),
-    ("backbone", "exits"),
-    ("training", "workers"),
-)
+NO_MATTER = (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "exits"), ("training", "workers"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def prepare(config: FinetuneConfig) -> Training:
     Raises the QueeError that names what does not fit, before anything is trained.
     """
     device = choose_device(config.run.device)
-    dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
+    dataset = load_dataset(config.dataset.name, config.dataset.root)
     about, asked = dataset.description, config.backbone
     parts, others = trained_parts(about)
     taken = TrainedShare(1.0 if others else config.dataset.share, config.dataset.seed)
@@ -200,7 +194,7 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
         {
             "name": f"{config.name}-sweep"[:80],
             "dataset": {
-                "name": config.dataset.name, "root": config.dataset.root, "url": config.dataset.url,
+                "name": config.dataset.name, "root": config.dataset.root,
                 **seen_images(config, training.trained_on),
             },
             "backbone": {

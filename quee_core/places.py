@@ -38,7 +38,7 @@ def open_place(url: str, *, what: str = "store", patience: float = PATIENCE) -> 
         if protocol in ("s3", "s3a"):
             from quee_core.s3_place import S3Place  # imports botocore, which takes its time
 
-            return S3Place.at(url, patience)
+            return S3Place.at(url, patience, what)
         # another writer's files must show, so listings are never kept
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:

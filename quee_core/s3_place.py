@@ -87,11 +87,14 @@ class S3Place(Place):
         self._conditional = True  # until the server says that it can't
 
     @classmethod
-    def at(cls, url: str, patience: float) -> "S3Place":
-        """The place at s3://bucket/prefix. Raises StoreError for no bucket, and for settings that botocore refuses."""
+    def at(cls, url: str, patience: float, what: str = "store") -> "S3Place":
+        """The place at s3://bucket/prefix, called `what`.
+
+        Raises StoreError for no bucket, and for settings that botocore refuses.
+        """
         root = url.partition("://")[2].rstrip("/")
         if not root or root.startswith("/"):
-            raise StoreError(f"store {url}: no bucket is named; want s3://bucket/prefix")
+            raise StoreError(f"{what} {url}: no bucket is named; want s3://bucket/prefix")
         # one try and one request for each step, which `attempt` repeats; another writer's files must show at once
         fs = S3FileSystem(
             use_listings_cache=False, max_concurrency=1, config_kwargs={"retries": {"total_max_attempts": 1}}
@@ -102,7 +105,7 @@ class S3Place(Place):
             fs.connect()
         except (boto.BotoCoreError, ValueError) as error:
             raise StoreError(
-                f"store {url}: the settings for S3 are wrong ({_first_line(error)}); check AWS_ENDPOINT_URL, "
+                f"{what} {url}: the settings for S3 are wrong ({_first_line(error)}); check AWS_ENDPOINT_URL, "
                 "AWS_DEFAULT_REGION and AWS_PROFILE"
             ) from error
         return place

@@ -1,13 +1,14 @@
 """What each stage of a sweep will take, before anything runs: cost of the network's passes, time, and disk.
 
-Passes through the network are timed on the device at hand, by the caller. What is searched for or fitted on the
-processor is timed here on few rows of random numbers, and scaled by how many there will be; evaluation alone goes by
-rates that were measured once. All of it is rough: a factor of two either way is to be expected, of fits above all.
+Passes through the network are timed on the device at hand, by the caller. What is searched for or fitted is timed here
+on few rows of random numbers, and scaled by how many there will be; evaluation alone goes by rates that were measured
+once, on two cores. All of it is rough: a factor of two either way is to be expected, of fits above all.
 """
 
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from timm.layers import Attention
 from torch import nn
 
-from quee_core.costs import CostTable, bitops_table
+from quee_core.costs import CostTable, backbone_macs, bitops_table
 from quee_core.data.splits import image_count
 from quee_core.features import HeadViews, walked_edges
 from quee_core.grid import fit_gate, grid_points
-from quee_core.grid_units import grid_units
+from quee_core.grid_units import GridUnit, grid_units
 from quee_core.heads import train_head
-from quee_core.paths import FULL_PRECISION, ROOT, Path
+from quee_core.paths import FULL_PRECISION, ROOT, Path, PathTree
 from quee_core.plan import SweepPlan
 from quee_core.quantize.capture import KEPT_IMAGES, KEPT_ROWS, KEPT_SCORES
 from quee_core.quantize.methods import AttentionSamples, LinearSamples, quant_method
@@ -44,8 +46,9 @@ DEAR = frozenset({"jei-dnn", "boosted", "l2w-style", "maqee-style", "eenet-style
 class StageEstimate:
     """One stage, by the name that its progress goes by.
 
-    passes: images through one segment each. bitops: of them, with stem and heads. seconds: on this machine. kept: bytes
-    that stay, in the store or beside the run, before compression. scratch: bytes that are freed at its end.
+    passes: images through one segment each. bitops: of them, with stem and heads. seconds: fits one after another.
+    kept: bytes that stay, in the store or beside the run, before compression; of fits and of the evaluation nothing is
+    counted, which is little. scratch: bytes that are freed at its end.
     """
 
     stage: str
@@ -56,17 +59,26 @@ class StageEstimate:
     scratch: int
 
 
-def stage_estimates(plan: SweepPlan, lacking: Iterable[tuple[int, list[Path]]], segment: float) -> list[StageEstimate]:
+@dataclass(frozen=True)
+class Pace:
+    """Seconds an image: through one simulated segment of average length, and through the stem, read and decoded."""
+
+    segment: float
+    stem: float
+
+
+def stage_estimates(
+    plan: SweepPlan, lacking: Iterable[tuple[int, list[Path]]], pace: Pace, device: torch.device
+) -> list[StageEstimate]:
     """Every stage of a sweep that finds nothing but tables in the store.
 
-    lacking: for each branch that has tables to fill, its images and the paths of those. segment: seconds that an
-    image takes through one simulated segment of average length.
+    lacking: for each branch that has tables to fill, its images and the paths of those.
     """
-    table, depth = _costs(plan), plan.tree.depth
+    table = _costs(plan)
     return [
-        _calibrate(plan, table, segment * depth),
-        _train_heads(plan, table, segment),
-        _extract(plan, table, lacking, segment),
+        _calibrate(plan, table, pace, device),
+        _train_heads(plan, table, pace),
+        _extract(plan, table, lacking, pace),
         _assemble(plan),
         _fit_the_grid(plan),
         _evaluate(plan),
@@ -79,56 +91,68 @@ def row_bytes(plan: SweepPlan) -> int:
 
 
 def _costs(plan: SweepPlan) -> CostTable:
-    backbone, heads = plan.loaded.backbone, plan.config.heads
-    width, classes = heads.statistics * backbone.embed_dim, len(plan.dataset.description.classes)
-    macs = width * classes + heads.hidden * (width + classes)
+    backbone, macs = plan.loaded.backbone, _head_macs(plan)
     own: list[int | None] = [None] if backbone.num_classes else [macs]
-    bits = sorted({*plan.tree.bits, *plan.head_bits})
+    bits = sorted({*plan.tree.bits, *plan.head_bits, FULL_PRECISION})
     return bitops_table(
         backbone, [*[macs] * (plan.tree.depth - 1), *own], bits, edge=plan.edge_bits, stem=plan.stem_bits
     )
 
 
-def _calibrate(plan: SweepPlan, table: CostTable, whole: float) -> StageEstimate:
-    images = image_count(plan.calibration_images())
+def _head_macs(plan: SweepPlan) -> int:
+    heads, classes = plan.config.heads, len(plan.dataset.description.classes)
+    width = heads.statistics * plan.loaded.backbone.embed_dim
+    return width * classes + heads.hidden * (width + classes)
+
+
+def _float_stem(plan: SweepPlan) -> int:
+    return backbone_macs(plan.loaded.backbone).stem.bitops(FULL_PRECISION)
+
+
+def _calibrate(plan: SweepPlan, table: CostTable, pace: Pace, device: torch.device) -> StageEstimate:
+    images, depth = image_count(plan.calibration_images()), plan.tree.depth
     blocks = sum(1 for _ in _blocks(plan))
-    searched = blocks * len(bits) * _seconds_a_block(plan, bits[0]) if (bits := plan.calibrated_bits) else 0.0
-    bitops = images * (table.stem + sum(table.segments[FULL_PRECISION]))
+    searched = blocks * len(bits) * _seconds_a_block(plan, bits[0], device) if (bits := plan.calibrated_bits) else 0.0
     weights = sum(p.numel() for p in plan.loaded.backbone.parameters())
     return StageEstimate(
-        "calibrate", images * plan.tree.depth, bitops, images * whole + searched, weights * len(plan.calibrated_bits), 0
-    )
+        "calibrate", images * depth, images * (_float_stem(plan) + sum(table.segments[FULL_PRECISION])),
+        images * (pace.stem + depth * pace.segment) + searched, weights * len(bits), 0,
+    )  # fmt: skip
 
 
-def _train_heads(plan: SweepPlan, table: CostTable, segment: float) -> StageEstimate:
-    heads, images, depth = plan.config.heads, image_count(plan.head_images()), plan.tree.depth
-    views = len(plan.head_bits) + 2 * heads.copies
-    mean = float(np.mean([sum(table.segments[b]) for b in plan.head_bits]))
-    trained = depth - (1 if plan.loaded.backbone.num_classes else 0)
+def _train_heads(plan: SweepPlan, table: CostTable, pace: Pace) -> StageEstimate:
+    """As `head_views` walks: every precision, then each copy at full precision and along a path of the other ones."""
+    heads, depth, backbone = plan.config.heads, plan.tree.depth, plan.loaded.backbone
+    images = image_count(plan.head_images())
+    views, stems = len(plan.head_bits) + 2 * heads.copies, 1 + heads.copies
+    whole = {b: sum(table.segments[b]) for b in plan.head_bits}
+    mixed = float(np.mean([whole[b] for b in plan.head_bits if b != FULL_PRECISION] or [whole[FULL_PRECISION]]))
+    bitops = sum(whole.values()) + heads.copies * (whole[FULL_PRECISION] + mixed) + stems * table.stem
+    if backbone.final is not None:
+        bitops += stems * backbone_macs(backbone).final.bitops(FULL_PRECISION)  # type: ignore[union-attr]
+    trained = depth - (1 if backbone.num_classes else 0)
     steps = heads.epochs * -(-images // heads.batch)
+    # float32 and int8 of each head, float64 of each projection
+    kept = trained * 5 * _head_macs(plan) + depth * 8 * 2 * backbone.embed_dim * plan.config.embedding.dimensions
     return StageEstimate(
-        "train heads",
-        images * views * depth,
-        images * ((1 + heads.copies) * table.stem + views * mean),
-        images * views * depth * segment + trained * steps * _seconds_a_step(plan, images),
-        4 * trained * (heads.statistics * plan.loaded.backbone.embed_dim) * len(plan.dataset.description.classes),
-        4 * depth * views * images * plan.loaded.backbone.pooled_width,
-    )
+        "train heads", images * views * depth, images * bitops,
+        images * (stems * pace.stem + views * depth * pace.segment) + trained * steps * _seconds_a_step(plan, images),
+        kept, 4 * images * (depth * views * backbone.pooled_width + stems * backbone.num_classes),
+    )  # fmt: skip
 
 
-def _extract(
-    plan: SweepPlan, table: CostTable, lacking: Iterable[tuple[int, list[Path]]], segment: float
-) -> StageEstimate:
-    passes, bitops, rows = 0, 0.0, 0
+def _extract(plan: SweepPlan, table: CostTable, lacking: Iterable[tuple[int, list[Path]]], pace: Pace) -> StageEstimate:
+    passes, bitops, seconds, rows = 0, 0.0, 0.0, 0
     for images, paths in lacking:
         if not paths:
             continue
         passes += walked_edges(paths) * images
+        seconds += images * (pace.stem + walked_edges(paths) * pace.segment)
         edges = {prefix for path in paths for prefix in path.prefixes() if prefix != ROOT}
         run = sum(table.segments[edge.bits[-1]][edge.exit - 1] for edge in edges)
         bitops += images * (table.stem + run + sum(table.heads[path.exit - 1] for path in paths))
         rows += images * len(paths)
-    return StageEstimate("extract", passes, bitops, passes * segment, rows * row_bytes(plan), 0)
+    return StageEstimate("extract", passes, bitops, seconds, rows * row_bytes(plan), 0)
 
 
 def _assemble(plan: SweepPlan) -> StageEstimate:
@@ -138,19 +162,28 @@ def _assemble(plan: SweepPlan) -> StageEstimate:
 
 
 def _fit_the_grid(plan: SweepPlan) -> StageEstimate:
-    """Timed at the gates of most and of fewest extensions; in between, linear in their number."""
+    """Timed at the gates of most and of fewest extensions; in between, linear in their number.
+
+    A point that fails takes next to no time, here as in the sweep.
+    """
     tree, target = plan.tree, plan.images["target"]
     gates = sorted((gate for gate in tree.gates if gate != ROOT), key=lambda gate: len(tree.extensions(gate)))
     points, seconds = grid_points(plan.config), 0.0
     if gates:
-        small = _random_outcomes(plan, min(TRIAL_ROWS, target))
-        ends = gates[0], gates[-1]
-        sizes = [len(tree.extensions(gate)) for gate in gates]
-        for unit in (unit for unit in grid_units(points, tree) if unit.gate == ends[1]):
-            few, many = (_timed(partial(fit_gate, gate, unit.points, tree, small, small, 0)) for gate in ends)
-            share = (np.array(sizes) - sizes[0]) / max(1, sizes[-1] - sizes[0])
+        most = max((point.discretisation.clusters or 0 for point in points), default=0)
+        small = _random_outcomes(plan, min(target, max(TRIAL_ROWS, 2 * most)))
+        sizes = np.array([len(tree.extensions(gate)) for gate in gates])
+        share = (sizes - sizes[0]) / max(1, sizes[-1] - sizes[0])
+        for unit in (unit for unit in grid_units(points, tree) if unit.gate == gates[-1]):
+            few, many = (_timed(partial(_fitted, unit, gate, tree, small)) for gate in (gates[0], gates[-1]))
             seconds += float((few + share * (many - few)).sum()) * target / small.images
     return StageEstimate("fit the grid", 0, 0.0, seconds, 0, 0)
+
+
+def _fitted(unit: GridUnit, gate: Path, tree: PathTree, small: Outcomes) -> None:
+    # the exceptions of the libraries that fit are of families of their own; the sweep reports them with their point
+    with suppress(Exception):
+        fit_gate(gate, unit.points, tree, small, small, 0)
 
 
 def _evaluate(plan: SweepPlan) -> StageEstimate:
@@ -164,25 +197,27 @@ def _blocks(plan: SweepPlan) -> Iterator[Any]:
 
 
 @torch.inference_mode()
-def _seconds_a_block(plan: SweepPlan, bits: int) -> float:
+def _seconds_a_block(plan: SweepPlan, bits: int, device: torch.device) -> float:
     """Search for the quantisers of one block: a square layer, scaled, and its attention."""
     method, backbone = quant_method(plan.config.quantization.method), plan.loaded.backbone
-    block = next(_blocks(plan))
-    layers = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    parts = list(next(_blocks(plan)).modules())
+    layers = [part for part in parts if isinstance(part, nn.Linear)]
+    attentions = [part for part in parts if isinstance(part, Attention)]
     own = min(TRIAL_WIDTH, backbone.embed_dim)
     rng = torch.Generator().manual_seed(0)
-    rows = torch.randn(KEPT_ROWS, own, generator=rng)
-    weight = torch.randn(own, own, generator=rng) / own**0.5
+    rows = torch.randn(KEPT_ROWS, own, generator=rng).to(device)
+    weight = (torch.randn(own, own, generator=rng) / own**0.5).to(device)
     square = _timed(lambda: method.linear(weight, LinearSamples(rows, -4.0, 4.0), bits))
     scaled = square * sum((p.in_features / own) ** 2 * p.out_features / own for p in layers)
-    heads, tokens = block.attn.num_heads, backbone.num_tokens
+    heads, tokens = attentions[0].num_heads, backbone.num_tokens
     asked = min(tokens, max(1, KEPT_SCORES // (KEPT_IMAGES * heads * tokens)))
     query, key, value = (
-        torch.randn(KEPT_IMAGES * heads, n, block.attn.head_dim, generator=rng) for n in (asked, tokens, tokens)
+        torch.randn(KEPT_IMAGES * heads, n, attentions[0].head_dim, generator=rng).to(device)
+        for n in (asked, tokens, tokens)
     )
     ranges = dict.fromkeys(("query", "key", "value"), (-4.0, 4.0))
-    samples = AttentionSamples(query, key, value, float(block.attn.scale), ranges)
-    return scaled + _timed(lambda: method.attention(samples, bits))
+    samples = AttentionSamples(query, key, value, float(attentions[0].scale), ranges)
+    return scaled + len(attentions) * _timed(lambda: method.attention(samples, bits))
 
 
 def _seconds_a_step(plan: SweepPlan, images: int) -> float:
@@ -215,18 +250,21 @@ def _seconds_a_byte(plan: SweepPlan) -> float:
 
 
 def _random_outcomes(plan: SweepPlan, n: int, paths: int | None = None) -> Outcomes:
-    """Answers without sense, in the shapes of the plan's tables; of its first `paths` paths, or of all."""
+    """Answers without sense, in the shapes of the plan's tables; of its first `paths` paths, or of all.
+
+    All paths share what is large: a tree of many would not fit.
+    """
     rng, k = np.random.default_rng(0), _kept_classes(plan)
-    shown = plan.tree.paths[:paths]
+    shown, classes, d = plan.tree.paths[:paths], len(plan.dataset.description.classes), plan.config.embedding.dimensions
     p = len(shown)
-    classes = len(plan.dataset.description.classes)
     top_p: NDArray[np.float16] = np.sort(rng.dirichlet(np.ones(k), (n, 1)).astype(np.float16), axis=2)[..., ::-1]
     return Outcomes(
         shown, np.arange(n, dtype=np.int64), rng.integers(0, classes, n).astype(np.int16),
-        rng.integers(0, classes, (n, p)).astype(np.int16), rng.random((n, p)) < 0.3,
-        rng.random((n, p, len(UNCERTAINTY)), np.float32), np.broadcast_to(top_p, (n, p, k)),
-        np.broadcast_to(np.arange(k, dtype=np.int16), (n, p, k)),
-        rng.normal(size=(n, p, plan.config.embedding.dimensions)).astype(np.float16),
+        np.broadcast_to(rng.integers(0, classes, (n, 1)).astype(np.int16), (n, p)),
+        rng.integers(0, 10, (n, p), np.uint8) < 3,  # errors
+        np.broadcast_to(rng.random((n, 1, len(UNCERTAINTY)), np.float32), (n, p, len(UNCERTAINTY))),
+        np.broadcast_to(top_p, (n, p, k)), np.broadcast_to(np.arange(k, dtype=np.int16), (n, p, k)),
+        np.broadcast_to(rng.standard_normal((n, 1, d), np.float32).astype(np.float16), (n, p, d)),
     )  # fmt: skip
 
 

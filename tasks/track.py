@@ -117,7 +117,7 @@ def _log_parent(client: MlflowClient, run: str, record: SweepRecord, figures: Fi
 def _inputs(record: SweepRecord) -> list[DatasetInput]:
     """The splits as MLflow's data sets: images, number and digest of each."""
     config = record.config.get("dataset", {})
-    source = {"name": record.dataset, "root": config.get("root"), "seed": config.get("seed")}
+    source = {"name": record.dataset, "root": config.get("root"), "url": config.get("url"), "seed": config.get("seed")}
     return [
         DatasetInput(
             Dataset(

@@ -132,14 +132,16 @@ def test_the_test_images_are_known_by_labels_and_contents_not_by_their_preproces
 
 
 @pytest.mark.parametrize(
-    ("dataset", "root", "name"),
+    ("dataset", "root", "url", "name"),
     [
-        ("fashion_mnist", None, "fashion_mnist"),
-        ("folder", "/data/cats", "folder-cats"),
-        ("parquet", "/data/it's: a/b", "parquet-b"),
-        ("folder", "/é:'", "folder----"),
-        ("cifar10", "/d", "cifar10"),
+        ("fashion_mnist", None, None, "fashion_mnist"),
+        ("folder", "/data/cats", None, "folder-cats"),
+        ("parquet", "/data/it's: a/b", None, "parquet-b"),
+        ("parquet", None, "s3://bucket/some/cats/", "parquet-cats"),
+        ("parquet", "/weights", "s3://x-rays", "parquet-x-rays"),
+        ("folder", "/é:'", None, "folder----"),
+        ("cifar10", "/d", None, "cifar10"),
     ],
 )
-def test_a_folder_of_ones_own_names_its_model(dataset: str, root: str | None, name: str) -> None:
-    assert dataset_name(dataset, {"dataset": {"root": root}}) == name
+def test_a_place_of_ones_own_names_its_model(dataset: str, root: str | None, url: str | None, name: str) -> None:
+    assert dataset_name(dataset, {"dataset": {"root": root, "url": url}}) == name

@@ -205,7 +205,8 @@ def test_a_run_page_is_told_later_what_happened_while_its_server_was_away(
             page.begin("extract", 10, "images")
             page.end("extract", "stopped, 1.0 s", whole=False)
             again.enter_context(server.answering())
-            page.catch_up()
+            page.advance("extract", 5)  # a thread that has not heard of the end
+            page.catch_up(insist=True)
 
         with temporary_settings({PREFECT_API_URL: server.url}):
             flow(away_for_a_while, name="of-tests")()

@@ -1,8 +1,7 @@
 """What a plan says of each stage, and that the walk needs no more memory for more images."""
 
 import json
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ from quee_core.estimate import estimate
 from quee_core.features import head_views
 from quee_core.paths import Path as TreePath
 from quee_core.plan import SweepPlan, outline, resolve
-from quee_core.stage_estimates import StageEstimate, row_bytes, stage_estimates
+from quee_core.quantize.calibration import QuantizedBackbone
+from quee_core.stage_estimates import Pace, StageEstimate, row_bytes, stage_estimates
 from quee_core.stages import calibration_of, quantized_of
 from quee_core.store import Store
 from tests.conftest import small_config
@@ -31,7 +31,7 @@ def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_stage(plan: SweepPlan, lacking: list[tuple[int, list[TreePath]]]) -> dict[str, StageEstimate]:
-    return {stage.stage: stage for stage in stage_estimates(plan, lacking, 0.001)}
+    return {stage.stage: stage for stage in stage_estimates(plan, lacking, Pace(0.001, 0.0), torch.device("cpu"))}
 
 
 def test_a_walk_costs_what_its_paths_cost_and_its_shared_beginnings_only_once(tmp_path: Path) -> None:
@@ -53,19 +53,33 @@ def test_a_walk_costs_what_its_paths_cost_and_its_shared_beginnings_only_once(tm
     assert (twice.passes, twice.bitops, twice.kept) == (2 * together.passes, 2 * together.bitops, 2 * together.kept)
 
 
-def test_heads_need_meanwhile_what_their_views_take_on_disk(tmp_path: Path) -> None:
-    plan, store = resolve(small_config(tmp_path)), Store.open(str(tmp_path / "store"))
+def test_heads_cost_and_need_what_their_views_do(tmp_path: Path) -> None:
+    # one batch, so that a segment that is called is a view
+    sections = {"paths": {"bits": [2, 8, 32]}, "heads": {"copies": 2}, "run": {"batch": 200}}
+    plan, store = resolve(small_config(tmp_path, **sections)), Store.open(str(tmp_path / "store"))
     calibration, _ = calibration_of(plan, store, torch.device("cpu"))
-    quantized = quantized_of(plan, calibration, torch.device("cpu"))
+    quantized, ran = quantized_of(plan, calibration, torch.device("cpu")), Counter[tuple[int, int]]()
     heads, images = plan.config.heads, sum(len(s.positions) for s in plan.head_images())
     (tmp_path / "scratch").mkdir()
-    views = head_views(
-        quantized, plan.batches(plan.head_images()), plan.head_bits, images=images, copies=heads.copies,
-        mirror=heads.mirror, seed=heads.seed, scratch=tmp_path / "scratch",
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        of = QuantizedBackbone.segments
+
+        def counted(self: QuantizedBackbone, index: int, bits: int) -> torch.nn.Module:
+            ran[index, bits] += 1
+            return of(self, index, bits)
+
+        patch.setattr(QuantizedBackbone, "segments", counted)
+        views = head_views(
+            quantized, plan.batches(plan.head_images()), plan.head_bits, images=images, copies=heads.copies,
+            mirror=heads.mirror, seed=heads.seed, scratch=tmp_path / "scratch",
+        )  # fmt: skip
     told = by_stage(plan, [])["train heads"]
-    assert told.scratch == sum(pooled.numel() * 4 for pooled in views.pooled)
-    assert told.passes == images * len(views.shown) * plan.tree.depth
+    assert told.scratch == sum(file.stat().st_size for file in (tmp_path / "scratch").iterdir())
+    assert told.passes == images * len(views.shown) * plan.tree.depth == images * sum(ran.values())
+    segments = bitops_table(plan.loaded.backbone, [1, None], [2, 8, 32]).segments
+    run = images * sum(count * segments[bits][index] for (index, bits), count in ran.items())
+    drawn = images * heads.copies * (sum(segments[8]) - sum(segments[2]))  # which of them mixed paths are made of
+    assert run - drawn < told.bitops < run + drawn + images * 3 * 1e8  # stems and the own head
 
 
 def test_a_plan_of_all_of_imagenet_says_what_each_stage_takes(tmp_path: Path) -> None:
@@ -88,37 +102,3 @@ def test_a_plan_of_all_of_imagenet_says_what_each_stage_takes(tmp_path: Path) ->
     assert extract.kept == assemble.kept == found.paths * 50_000 * row_bytes(plan)
     assert json.loads(json.dumps(found.as_dict()))["stages"][2]["passes"] == found.edges_per_image * 50_000
     assert len(found.missing) == 2
-
-
-_WALK = """
-import resource, sys, torch
-from quee_core.config import SweepConfig
-from quee_core.plan import resolve
-from quee_core.stages import branches_of, cells_of, extract_branch, network_of
-from quee_core.store import Store
-
-plan = resolve(SweepConfig.model_validate_json(sys.argv[1]))
-store = Store.open(plan.config.run.store)
-network, exits, calibration = network_of(plan, store, torch.device("cpu"))
-for split, shard, bits in branches_of(plan):
-    cells = cells_of(plan, exits, calibration, split, shard, plan.tree.branch(bits))
-    extract_branch(plan, store, network, cells, split, shard)
-print(sum(plan.images[split] for split in plan.walked), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_a_walk_over_more_images_needs_no_more_memory(tmp_path: Path) -> None:
-    most = []
-    for limit in (300, 2400):
-        sweep = small_config(
-            tmp_path / str(limit), dataset={"limit": limit}, heads={"images": 100, "epochs": 1},
-            run={"batch": 50, "shard_images": 100},
-        )  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", _WALK, sweep.model_dump_json()], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        most.append([int(word) for word in done.stdout.split()])
-    (few, little), (many, much) = most
-    assert many > 6 * few
-    assert much < little + 20 * 1024  # kB: the tables of all would be four times that

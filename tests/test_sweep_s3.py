@@ -86,6 +86,11 @@ def test_images_on_s3_are_read_piece_by_piece_and_give_the_same_as_those_on_a_di
     told = refused(on_s3, "plan", "sweep.yaml", "--data-root", f"s3://quee{tmp_path}/nothing")
     assert f"s3://quee{tmp_path}/nothing holds no .parquet file of labelled images" in told
     assert "there is no such bucket" in refused(on_s3, "plan", "sweep.yaml", "--data-root", "s3://quee-absent/images")
+    place.fs.pipe_file(f"{place.root}/test.parquet", (images / "test.parquet").read_bytes()[:-100])
+    told = refused(on_s3, "plan", "sweep.yaml", "--data-root", place.url)
+    assert f"{place.url}/test.parquet: not a readable Parquet file" in told
+    told = refused(on_s3, "plan", "sweep.yaml", "--data-root", "https://example.org/images")
+    assert "want s3://bucket/prefix; a folder is given as root" in told
     write_sweep(on_s3)
     told = refused(on_s3, "plan", "sweep.yaml", "--data-root", place.url)
     assert "data set fashion_mnist is read from a folder; copy it there, or use parquet" in told

@@ -102,9 +102,11 @@ def test_another_bit_width_or_exit_leaves_the_cells_that_are_there(tmp_path: Fil
 
 
 def test_memory_of_a_walk_does_not_grow_with_its_batches(small_sweep: SmallSweep) -> None:
-    """Measured in processes of their own: a heap that has grown once serves everything after it."""
+    """Measured in processes of their own, for a heap that has grown once serves everything after it; and not by
+    getrusage, which tells a child of what its parent had used.
+    """
     code = (
-        "import sys, pickle, resource, torch\n"
+        "import re, sys, torch\n"
         "from quee_core.config import SweepConfig\n"
         "from quee_core.features import walk\n"
         "from quee_core.plan import resolve\n"
@@ -115,7 +117,7 @@ def test_memory_of_a_walk_does_not_grow_with_its_batches(small_sweep: SmallSweep
         "network = network_of(plan, Store.open(config.run.store), torch.device('cpu'))[0]\n"
         "batch = next(plan.batches(plan.splits['test']))\n"
         "tables = list(walk(network, [batch] * times, plan.tree.paths, images=times * len(batch.labels)))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     config = small_sweep.plan.config.model_dump_json()
     few, many = (

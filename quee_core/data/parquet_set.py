@@ -73,21 +73,28 @@ class ParquetAt:
         return self.read(lambda file: file.read_row_group(group, columns=[column])[column], why, self.metadata)
 
     def read(self, look: Callable[[pq.ParquetFile], T], why: str, metadata: pq.FileMetaData | None = None) -> T:
-        """What `look` makes of the opened file. Raises DataError that begins with `why` for one that is missing or
-        damaged, StoreError for a server that does not give it.
-        """
+        """What `look` makes of the opened file.
 
+        Raises DataError, with `why` in it, for a file that is missing or damaged, StoreError for a server that does not
+        give it.
+        """
         place = self._place
 
         def opened() -> T:
-            with place.stream(self._location, ahead=False) as source, pq.ParquetFile(source, metadata=metadata) as file:
-                return look(file)
+            try:
+                with (
+                    place.stream(self._location, ahead=False) as source,
+                    pq.ParquetFile(source, metadata=metadata) as file,
+                ):
+                    return look(file)
+            except FileNotFoundError:
+                raise DataError(f"{self}: missing") from None
+            except pa.ArrowException as error:
+                raise DataError(f"{self}: {why}: {_first_line(error)}") from None
 
         try:
             return place.attempt(self._location, "read", opened) if place.remote else opened()
-        except FileNotFoundError:
-            raise DataError(f"{self}: missing") from None
-        except (OSError, pa.ArrowException) as error:
+        except OSError as error:  # Arrow's own for damaged pages, or a disk's
             raise DataError(f"{self}: {why}: {_first_line(error)}") from None
 
 
