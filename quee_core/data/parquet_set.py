@@ -51,7 +51,7 @@ class ParquetAt:
         return self._opened[1]
 
     def __str__(self) -> str:
-        return self._place.shown(self._location)
+        return self._place.shown(self._location) if self._place.remote else str(Path(self._folder) / self._location)
 
     @cached_property
     def metadata(self) -> pq.FileMetaData:
