@@ -29,7 +29,6 @@ from quee_core.quantize.methods import (
     AttentionQuantizers,
     AttentionSamples,
     BlockFit,
-    LeastOutputError,
     LinearQuantizers,
     LinearSamples,
     NormQuantizers,
@@ -40,19 +39,23 @@ from quee_core.quantize.methods import (
     ridge,
     root2_attention,
     round_in_turn,
+    softmax_attention,
 )
 from quee_core.quantize.moments import Moments
 from quee_core.quantize.performer import PerformerQuantizers
 from quee_core.quantize.quantizers import ActivationQuantizer, real
+from quee_core.quantize.refinement import refined, rescaled
 from quee_core.quantize.repq import Reparametrized, reparametrized
 
 COMPENSATING_RIDGE = 0.3  # `methods.RIDGE` where inputs err as well by what came before: chosen on images of `target`
+KEPT_IMAGES = 64  # whose attention is kept of each block, of fewer queries than by `capture`
+REFINEMENTS = 3  # of levels and scales, in turns
 
 LayerQuantizers = LinearQuantizers | AttentionQuantizers | RelativeQuantizers | NormQuantizers | PerformerQuantizers
 Step = Callable[[Tensor], Tensor]  # of a few images
 
-_ATTENTION: Mapping[str, Callable[[AttentionSamples, int], AttentionQuantizers | RelativeQuantizers]] = {
-    "any": LeastOutputError().attention,
+_ATTENTION: Mapping[str, Callable[[AttentionSamples, int, Tensor | None], AttentionQuantizers | RelativeQuantizers]] = {
+    "any": softmax_attention,
     "root2": root2_attention,
     "relative": relative_attention,
 }
@@ -139,15 +142,18 @@ class _Fit:
     def __init__(self, block: nn.Module, name: str, bits: int, how: BlockFit) -> None:
         self.block, self.name, self.bits, self.how = block, name, bits, how
         self.found: dict[str, LayerQuantizers] = {}
+        attention = block.get_submodule("attn")
+        assert isinstance(attention, Attention)  # see is_plain
+        self.attention = attention
+        self.value_mean = torch.zeros((attention.num_heads, 1, attention.head_dim))
 
     def quantizers(self, at: Tokens) -> dict[str, LayerQuantizers]:
         """Of every layer, by name, for the tokens at the block."""
         block: Any = self.block
-        attention, mlp = block.attn, block.mlp
+        attention, mlp = self.attention, block.mlp
         norm1, qkv = self._behind_norm("norm1", "attn.qkv", at)
-        operands = self._on_path(nn.Sequential(norm1, qkv), nn.Sequential(block.norm1, attention.qkv))
         answers = replaced(attention, "", {"proj": nn.Identity()})
-        quantizers = self._attention(attention, operands, at)
+        quantizers = self._attention(nn.Sequential(norm1, qkv), nn.Sequential(block.norm1, attention.qkv), at)
         quantized_answers = QuantAttention(replaced(answers, "", {"qkv": qkv}), quantizers)  # type: ignore[arg-type]
         in_float = nn.Sequential(block.norm1, answers)
         mixed = at.behind(self._on_path(nn.Sequential(norm1, quantized_answers), in_float), in_float)
@@ -230,24 +236,39 @@ class _Fit:
         grid = least_error_grid(corrected, moment, self.bits)
         rounded = round_by_halves if self.how.rounding == "halves" else round_in_turn
         integers = rounded(corrected, grid, moment)
+        for _ in range(REFINEMENTS if self.how.rounding == "refined" else 0):
+            integers = refined(integers, corrected, grid, moment)
+            grid = rescaled(grid, integers, corrected, moment)
         left = wanted - (integers * grid.scale[:, None]).double() @ given
         return LinearQuantizers(quantizer, integers.to(torch.int8), grid.scale, left.float())
 
     def _centred(self, found: LinearQuantizers, moments: Moments, layer: nn.Linear) -> LinearQuantizers:
         """Query, key and value such that the means of the value, and of a key that is not normalised, are 0."""
         _, wanted = moments.means
-        free = torch.zeros(3, layer.out_features // 3, device=found.correction.device)
-        free[1] = isinstance(self.block.get_submodule("attn.k_norm"), nn.Identity)
-        free[2] = 1
         mean = wanted.float() if layer.bias is None else wanted.float() + layer.bias.detach().float()
-        return replace(found, correction=found.correction - mean * free.flatten())
+        query, key, value = mean.chunk(3)
+        self.value_mean = value.view(self.attention.num_heads, 1, self.attention.head_dim)
+        free = isinstance(self.attention.k_norm, nn.Identity)
+        taken = torch.cat([torch.zeros_like(query), key if free else torch.zeros_like(key), value])
+        return replace(found, correction=found.correction - taken)
 
     def _attention(
-        self, attention: Attention, operands: nn.Module, at: Tokens
+        self, quantized: nn.Module, in_float: nn.Module, at: Tokens
     ) -> AttentionQuantizers | RelativeQuantizers:
-        name = f"{self.name}.attn"
-        hook, samples = attention_hook(name, attention)
-        for given, _ in at.pairs():
-            hook(operands, given, operands(given))
-        found = self.found[name] = _ATTENTION[self.how.softmax](samples(), self.bits)
+        """Of attention behind what the two make of the tokens."""
+        choose, wanted = _ATTENTION[self.how.softmax], self._operands(in_float, at.wanted)
+        if self.how.compensates:
+            values = wanted.value.unflatten(0, (-1, len(self.value_mean))) - self.value_mean
+            weights = torch.softmax(torch.bmm(wanted.query, wanted.key.transpose(1, 2)) * wanted.scale, dim=-1)
+            answers = torch.bmm(weights, values.flatten(0, 1))
+            found = choose(self._operands(quantized, at.given), self.bits, answers)
+        else:
+            found = choose(wanted, self.bits, None)
+        self.found[f"{self.name}.attn"] = found
         return found
+
+    def _operands(self, qkv: nn.Module, tokens: Tensor) -> AttentionSamples:
+        hook, samples = attention_hook(f"{self.name}.attn", self.attention, KEPT_IMAGES)
+        for part in torch.split(tokens, TOGETHER):
+            hook(qkv, part, qkv(part))
+        return samples()

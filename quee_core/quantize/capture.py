@@ -110,7 +110,7 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def attention_hook(
-    name: str, attention: Attention
+    name: str, attention: Attention, kept_images: int = KEPT_IMAGES
 ) -> tuple[Callable[[nn.Module, object, Tensor], None], Callable[[], AttentionSamples]]:
     """What to call with each output of `qkv`; and what the sample of attention's operands then is."""
     operands = {"query": _Seen(), "key": _Seen(), "value": _Seen()}
@@ -119,8 +119,8 @@ def attention_hook(
         images, tokens, _ = output.shape
         parts = output.float().view(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
         normed = attention.q_norm(parts[0]), attention.k_norm(parts[1]), parts[2]
-        room = max(KEPT_IMAGES - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
-        step = -(-KEPT_IMAGES * attention.num_heads * tokens**2 // KEPT_SCORES)
+        room = max(kept_images - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
+        step = -(-kept_images * attention.num_heads * tokens**2 // KEPT_SCORES)
         for (operand, seen), values in zip(operands.items(), normed, strict=True):
             kept = values[:room].flatten(0, 1)
             seen.add(values, kept[:, ::step] if operand == "query" else kept, f"{name} ({operand})")

@@ -118,7 +118,7 @@ class BlockFit:
     """
 
     softmax: Literal["any", "root2", "relative"]
-    rounding: Literal["in turn", "halves"]
+    rounding: Literal["in turn", "halves", "refined"]
     compensates: bool
 
 
@@ -192,7 +192,7 @@ class LeastOutputError:
 
     def attention(self, samples: AttentionSamples, bits: int) -> AttentionQuantizers:
         """Query and key first, by the error of what attention gives; then its weights and the value."""
-        return AttentionQuantizers(*least_error_operands(samples, bits, softmax_quantizers(bits), _softmax, torch.bmm))
+        return softmax_attention(samples, bits)
 
 
 def input_quantizer(weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
@@ -216,15 +216,22 @@ def input_quantizer(weight: Tensor, samples: LinearSamples, bits: int) -> Activa
     return best
 
 
-def relative_attention(samples: AttentionSamples, bits: int) -> RelativeQuantizers:
-    """Of both products, as `LeastOutputError` chooses them, of attention that is normalised behind the product."""
-    return RelativeQuantizers(*least_error_operands(samples, bits, softmax_quantizers(bits), _relative, _normalised))
+def softmax_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> AttentionQuantizers:
+    """Of both products, by the error of attention's answers; wanted [m, q, head_dim]: by default those in float."""
+    candidates = softmax_quantizers(bits)
+    return AttentionQuantizers(*least_error_operands(samples, bits, candidates, _softmax, torch.bmm, wanted))
 
 
-def root2_attention(samples: AttentionSamples, bits: int) -> AttentionQuantizers:
-    """Of both products, as `LeastOutputError` chooses them, of a softmax in half octaves [RepQ-ViT, section 3.3]."""
-    halves = [LogRoot2.below(clip, bits) for clip in CLIPS]
-    return AttentionQuantizers(*least_error_operands(samples, bits, halves, _softmax, torch.bmm))
+def root2_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> AttentionQuantizers:
+    """The same with a softmax in half octaves [RepQ-ViT, section 3.3]."""
+    candidates = [LogRoot2.below(clip, bits) for clip in CLIPS]
+    return AttentionQuantizers(*least_error_operands(samples, bits, candidates, _softmax, torch.bmm, wanted))
+
+
+def relative_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> RelativeQuantizers:
+    """The same where weights are normalised behind the product."""
+    candidates = softmax_quantizers(bits)
+    return RelativeQuantizers(*least_error_operands(samples, bits, candidates, _relative, _normalised, wanted))
 
 
 def least_error_operands(
@@ -233,20 +240,22 @@ def least_error_operands(
     candidates: Iterable[ActivationQuantizer],
     weigh: Callable[[Tensor], Tensor],
     mix: Callable[[Tensor, Tensor], Tensor],
+    wanted: Tensor | None,
 ) -> tuple[ActivationQuantizer, ActivationQuantizer, ActivationQuantizer, ActivationQuantizer]:
     """Of query, key, value and weights, one after the other, by the squared error of what attention gives.
 
-    candidates: for the weights. weigh: scores to weights. mix: weights and value to answers.
+    candidates: for the weights. weigh: scores to weights. mix: weights and value to answers. wanted: answers; None for
+    those in float.
     """
     query, key, value = samples.query, samples.key, samples.value
 
     def weights_of(q: Tensor, k: Tensor) -> Tensor:
         return weigh(torch.bmm(q, k.transpose(1, 2)) * samples.scale)
 
-    wanted = mix(weights_of(query, key), value)
+    answers = mix(weights_of(query, key), value) if wanted is None else wanted
 
     def error(weights: Tensor, v: Tensor) -> float:
-        return mean_square(mix(weights, v) - wanted)
+        return mean_square(mix(weights, v) - answers)
 
     chosen_query = best_range(samples.ranges["query"], bits, lambda c: error(weights_of(real(c, query), key), value))
     given_query = real(chosen_query, query)
@@ -402,6 +411,6 @@ QUANT_METHODS: Mapping[str, QuantMethod] = MappingProxyType(
         "mse": LeastOutputError(),
         "repq": LeastOutputError(BlockFit("root2", "in turn", compensates=False)),
         "erq": LeastOutputError(BlockFit("any", "halves", compensates=False)),
-        "compensated": LeastOutputError(BlockFit("relative", "in turn", compensates=True)),
+        "compensated": LeastOutputError(BlockFit("relative", "refined", compensates=True)),
     }
 )
