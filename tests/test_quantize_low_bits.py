@@ -1,5 +1,6 @@
 """Blocks fitted as a whole: each step against its definition, and the whole against layers judged one by one."""
 
+import copy
 from itertools import accumulate
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import LayerNorm
-from timm.models.vision_transformer import Block
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from quee_core.backbones import SegmentedBackbone, load_backbone
+from quee_core.backbones import SegmentedBackbone, load_backbone, segment
 from quee_core.data.datasets import load_dataset
 from quee_core.data.loading import image_batches
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.data.splits import Selection
+from quee_core.errors import NumericError
 from quee_core.quantize.blocks import is_plain, token_weights
 from quee_core.quantize.calibration import Calibration, calibrate, quantize_backbone
 from quee_core.quantize.erq import round_by_halves
@@ -167,10 +170,10 @@ def test_what_a_plain_block_is(options: dict[str, Any], plain: bool) -> None:
 
 @pytest.fixture(scope="module")
 def bundled() -> Images:
-    """The bundled backbone, 64 calibration images, 400 held-out ones and their labels."""
+    """The bundled backbone, 192 calibration images, 400 held-out ones and their labels."""
     loaded, dataset = load_backbone("micro_vit_fashion_mnist", exits=[4, 8]), load_dataset("fashion_mnist")
     transform = Preprocessing.from_data_config(loaded.preprocessing).transform()
-    selected = [Selection("train", np.arange(0, 64)), Selection("heldout", np.arange(0, 400))]
+    selected = [Selection("train", np.arange(0, 192)), Selection("heldout", np.arange(0, 400))]
     seen, new = (next(iter(image_batches(dataset, [part], transform, 400))) for part in selected)
     return loaded.backbone, seen.images, new.images, torch.from_numpy(new.labels).long()
 
@@ -225,10 +228,36 @@ def test_the_norm_that_all_exits_share_stays(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.fixture(scope="module")
+def tiny() -> SegmentedBackbone:
+    torch.manual_seed(5)
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    return segment(model.eval().requires_grad_(False), (1, 2), "tiny")
+
+
+def noise(images: int) -> Tensor:
+    return torch.randn((images, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("method", FITTED)
-def test_the_same_images_give_the_same_calibration_whatever_else_is_asked(
-    bundled: Images, calibrations: dict[str, Calibration], method: str
-) -> None:
-    backbone, images, _, _ = bundled
-    again = calibrate(backbone, iter(images.split(7)), (2, 4), method, edge_bits=8)
-    assert again.fingerprint_of(2) == calibrations[method].fingerprint_of(2)
+def test_the_same_images_give_the_same_calibration_whatever_else_is_asked(tiny: SegmentedBackbone, method: str) -> None:
+    made = calibrate(tiny, noise(40), (2,), method, edge_bits=8)
+    again = calibrate(tiny, iter(noise(40).split(7)), (2, 4), method, edge_bits=8)
+    assert again.fingerprint_of(2) == made.fingerprint_of(2)
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_a_layer_whose_values_are_not_finite_is_named(tiny: SegmentedBackbone, method: str) -> None:
+    broken = copy.deepcopy(tiny)
+    broken.segments[1].blocks[0].mlp.fc1.bias.data[3] = torch.nan
+    with pytest.raises(NumericError, match=r"blocks\.1\.mlp\.fc[12]"):
+        calibrate(broken, noise(8), (3,), method, edge_bits=8)
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_a_block_that_is_not_plain_is_treated_as_by_mse(method: str) -> None:
+    torch.manual_seed(5)
+    blocks = {"block_fn": ResPostBlock, "img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    backbone = segment(VisionTransformer(**blocks).eval().requires_grad_(False), (1, 2), "post-norm")
+    ours, theirs = (calibrate(backbone, noise(24), (3,), name, edge_bits=8) for name in (method, "mse"))
+    assert ours.fingerprint_of(3) == theirs.fingerprint_of(3)
