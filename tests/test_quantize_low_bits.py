@@ -250,7 +250,7 @@ def test_the_same_images_give_the_same_calibration_whatever_else_is_asked(tiny: 
 def test_a_layer_whose_values_are_not_finite_is_named(tiny: SegmentedBackbone, method: str) -> None:
     broken = copy.deepcopy(tiny)
     broken.segments[1].blocks[0].mlp.fc1.bias.data[3] = torch.nan
-    with pytest.raises(NumericError, match=r"blocks\.1\.mlp\.fc[12]"):
+    with pytest.raises(NumericError, match=r"blocks\.1\.mlp\.fc2"):
         calibrate(broken, noise(8), (3,), method, edge_bits=8)
 
 

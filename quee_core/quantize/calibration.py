@@ -196,12 +196,12 @@ def calibrate(
     in_stem = _quantizable(stem, "stem")
     first = next((name for name, part in in_stem.items() if isinstance(part, nn.Linear | nn.Conv2d)), None)
     behind_first = in_stem.keys() - {first}
-
-    def layers_of(piece: nn.Module, name: str) -> Mapping[str, nn.Module]:
-        return {} if chosen.blocks is not None and is_plain(piece) else _quantizable(piece, name)
-
+    blocks = [block for part in backbone.segments for block in part.blocks]  # type: ignore[union-attr]
+    as_a_whole = tuple(f"blocks.{k}." for k, block in enumerate(blocks) if chosen.blocks and is_plain(block))
     with torch.inference_mode():
-        for name, layer, samples in capture(backbone, stem, given, layers_of):
+        for name, layer, samples in capture(backbone, stem, given, _quantizable):
+            if name.startswith(as_a_whole):  # captured all the same: values that are not finite are found here
+                continue
             edge = stem_bits if name in behind_first else edge_bits
             for width in inner if name.startswith("blocks.") else {edge} - {FULL_PRECISION}:
                 if isinstance(samples, LinearSamples):
@@ -215,7 +215,6 @@ def calibrate(
         if chosen.blocks is not None and inner:
             quantized_stem = _quantized_stem(backbone, edge_bits, stem_bits, layers)
             tokens = run_together(quantized_stem, given), run_together(backbone.stem, given)
-            blocks = [block for part in backbone.segments for block in part.blocks]  # type: ignore[union-attr]
             for width in inner:
                 fit_blocks(blocks, tokens, width, chosen.blocks, layers[width], _quantized, backbone.num_prefix_tokens)
     return Calibration(method, edge_bits, stem_bits, len(given), layers)
