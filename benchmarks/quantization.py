@@ -129,9 +129,10 @@ def tell(row: Row) -> None:
     """One line, tabs between."""
     low, high = (100 * end for end in row.interval)
     gain, least, most = (100 * value for value in row.gain)
+    compared = "–" if row.method in (AGAINST, PLAIN) else f"{gain:+.2f} [{least:+.2f}, {most:+.2f}]"
     print(
-        f"{row.dataset}\t{row.path}\t{row.method}\t{100 * row.accuracy:.2f} [{low:.2f}, {high:.2f}]\t"
-        f"{gain:+.2f} [{least:+.2f}, {most:+.2f}]\t{row.cost:.4f}\t{row.seconds:.1f} s\tn = {row.n}",
+        f"{row.dataset}\t{row.path}\t{row.method}\t{100 * row.accuracy:.2f} [{low:.2f}, {high:.2f}]\t{compared}\t"
+        f"{row.cost:.4f}\t{row.seconds:.1f} s\tn = {row.n}",
         flush=True,
     )
 
