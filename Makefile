@@ -7,7 +7,7 @@ AUDIT := .audit
 CONFIG ?= configs/quick.yaml
 ROUNDS ?= 60
 
-.PHONY: help install sweep plan deploy ui test chaos check bench bench-dask bench-overhead bench-front audit lock browser clean
+.PHONY: help install sweep plan deploy ui test chaos check bench bench-dask bench-overhead bench-front bench-quant audit lock browser clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -62,6 +62,9 @@ bench-overhead: $(INSTALLED) ## Print what a sweep of 720 cells spends outside o
 
 bench-front: $(INSTALLED) ## Print the front against every baseline, over data sets and seeds; DATA_ROOT adds CIFAR-10
 	$(BIN)/python benchmarks/front.py
+
+bench-quant: $(INSTALLED) ## Print accuracy at 2 to 4 bits for every quantisation method; DATA_ROOT adds CIFAR-10
+	$(BIN)/python benchmarks/quantization.py
 
 audit: ## Check the pinned dependencies against PyPI's advisories; wants the internet, and says so where there is none
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }

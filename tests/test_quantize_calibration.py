@@ -27,6 +27,7 @@ from quee_core.quantize.calibration import (
     quantize_linear,
 )
 from quee_core.quantize.layers import QuantAttention, QuantConv2d, QuantLinear
+from quee_core.quantize.methods import QUANT_METHODS
 
 Network = tuple[SegmentedBackbone, Tensor]
 
@@ -76,11 +77,10 @@ def calibration(network: Network) -> Calibration:
     return calibrate(*network, (3, 8), "mse", edge_bits=8)
 
 
+@pytest.mark.parametrize("method", sorted(QUANT_METHODS))
 @pytest.mark.parametrize("bits", [3, 8])
-def test_an_image_gets_the_same_bits_alone_and_in_any_batch(
-    network: Network, calibration: Calibration, bits: int
-) -> None:
-    quantized = quantize_backbone(network[0], calibration, [3, 8])
+def test_an_image_gets_the_same_bits_alone_and_in_any_batch(network: Network, method: str, bits: int) -> None:
+    quantized = quantize_backbone(network[0], calibrate(*network, (bits,), method, edge_bits=8), [bits])
     images = some_images(network[0], 256, seed=9)
     together = through(quantized, bits, images)
     for group in ([0], [255], [17, 3], list(range(100, 131))):
@@ -89,7 +89,7 @@ def test_an_image_gets_the_same_bits_alone_and_in_any_batch(
             assert torch.equal(whole[group], part)
 
 
-@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("method", sorted(QUANT_METHODS))
 def test_a_calibration_is_read_back_with_the_same_results(network: Network, method: str) -> None:
     backbone, images = network
     made = calibrate(backbone, images, (2, 5), method, edge_bits=8)
@@ -181,7 +181,7 @@ def test_eight_bits_are_close_to_float_for_every_family(name: str) -> None:
     options = {"img_size": 3 * patch, "depth": 2, "embed_dim": 48, "num_heads": 3} | ARCHITECTURES[name]
     backbone = segment(moved(timm.create_model(name, **options)), (1, 2), name)
     images = some_images(backbone, 24)
-    for method in ("minmax", "mse"):
+    for method in QUANT_METHODS:
         made = calibrate(backbone, images, (8, 3), method, edge_bits=8)
         quantized = quantize_backbone(backbone, made, (8, 3))
         assert (quantized.final is None) == (backbone.num_classes == 0)

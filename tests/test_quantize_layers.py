@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from quee_core.errors import QuantizationError
 from quee_core.quantize.layers import InParts, QuantAttention, QuantConv2d, QuantLinear, steady
-from quee_core.quantize.methods import AttentionQuantizers
-from quee_core.quantize.quantizers import ActivationQuantizer, Log2, Odd, TwinUniform, Uniform, to_scale
+from quee_core.quantize.methods import AttentionQuantizers, RelativeQuantizers
+from quee_core.quantize.quantizers import ActivationQuantizer, Log2, LogRoot2, Odd, TwinUniform, Uniform, to_scale
 
 FLOAT64_BOUND = 2**53
 
@@ -106,10 +106,10 @@ def test_convolution_is_what_integers_give(conv: nn.Conv2d, bits: int) -> None:
 def softmax_quantizers(bits: int) -> list[ActivationQuantizer]:
     half = 2 ** (bits - 1)
     twin = TwinUniform(to_scale(1.0 / (half << (bits + 1))), 0, half - 1, bits + 1, half)
-    return [Uniform.over(0.0, 0.7, bits), twin, Log2(min(2**bits - 2, 14))]
+    return [Uniform.over(0.0, 0.7, bits), twin, Log2(min(2**bits - 2, 14)), LogRoot2.below(0.7, bits)]
 
 
-def quantized_attention(bits: int, kind: int, **options: object) -> QuantAttention:
+def quantized_attention(bits: int, kind: int, *, relative: bool = False, **options: object) -> QuantAttention:
     attention = Attention(24, num_heads=3, qkv_bias=True, norm_layer=nn.LayerNorm, **options).eval()
     for name in ("qkv", "proj", *(["gate"] if attention.gate is not None else [])):
         linear = getattr(attention, name)
@@ -118,25 +118,44 @@ def quantized_attention(bits: int, kind: int, **options: object) -> QuantAttenti
         integers = (linear.weight.detach() / scale[:, None]).round().to(torch.int8)
         setattr(attention, name, QuantLinear(integers, scale, linear.bias.detach(), inputs))
     query, key, value = [*of_range(bits)[:2], Uniform.over(-1.0, 2.0, bits)]
-    return QuantAttention(attention, AttentionQuantizers(query, key, value, softmax_quantizers(bits)[kind]))
+    operands = RelativeQuantizers if relative else AttentionQuantizers
+    return QuantAttention(attention, operands(query, key, value, softmax_quantizers(bits)[kind]))
+
+
+def answers_in_integers(layer: QuantAttention, scores: Tensor, values: Tensor) -> Tensor:
+    """Values under the weights that scores float32 [..., q, t] give, with int64 operands and accumulators."""
+
+    def weighted(weights: Tensor) -> Tensor:
+        assert torch.equal(weights, weights.round())
+        assert int(weights.max()) > 0
+        return (weights.long()[..., None] * values[..., None, :, :]).sum(dim=-2).float()
+
+    if layer.is_relative:
+        weights = layer.weights.integers(torch.exp(scores - scores.amax(dim=-1, keepdim=True)))
+        return weighted(weights) / weights.long().sum(dim=-1, keepdim=True).float()
+    softmax = torch.softmax(scores, dim=-1)
+    if isinstance(layer.weights, LogRoot2):
+        even, odd = layer.weights.parts(softmax)
+        return weighted(odd) * math.sqrt(2) + weighted(even)
+    return weighted(layer.weights.integers(softmax))
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scale_norm": True}, {"gated": True}])
-@pytest.mark.parametrize("kind", [0, 1, 2])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_attention_is_what_integers_give(bits: int, kind: int, options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "relative"), [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True), (2, True)]
+)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_attention_is_what_integers_give(bits: int, kind: int, relative: bool, options: dict[str, bool]) -> None:
     torch.manual_seed(bits)
-    layer = quantized_attention(bits, kind, **options).requires_grad_(False)
+    layer = quantized_attention(bits, kind, relative=relative, **options).requires_grad_(False)
     x = torch.randn(7, 11, 24)
     parts = linear_in_integers(layer.qkv, x).view(7, 11, 3, 3, 8).permute(2, 0, 3, 1, 4)
     q = layer.query.integers(layer.q_norm(parts[0])).long()
     k = layer.key.integers(layer.k_norm(parts[1])).long()
     v = layer.value.integers(parts[2]).long()
     scores = (q[..., :, None, :] * k[..., None, :, :]).sum(dim=-1)
-    weights = layer.weights.integers(torch.softmax(scores.float() * layer.score_scale, dim=-1)).long()
-    assert int(weights.max()) > 0
-    sums = (weights[..., None] * v[..., None, :, :]).sum(dim=-2)
-    mixed = layer.norm((sums.float() * layer.output_scale).transpose(1, 2).reshape(7, 11, 24))
+    sums = answers_in_integers(layer, scores.float() * layer.score_scale, v)
+    mixed = layer.norm((sums * layer.output_scale).transpose(1, 2).reshape(7, 11, 24))
     if layer.gate is not None:
         mixed = mixed * (1 / (1 + torch.exp(-linear_in_integers(layer.gate, x))))
     wanted = linear_in_integers(layer.proj, mixed)

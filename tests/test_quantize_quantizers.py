@@ -1,5 +1,6 @@
 """Quantisers against their definitions: nearest level, few enough levels, the same in place, read back as written."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from quee_core.errors import QuantizationError
 from quee_core.quantize.quantizers import (
     ActivationQuantizer,
     Log2,
+    LogRoot2,
     Odd,
     TwinUniform,
     Uniform,
@@ -48,12 +50,13 @@ def quantizers(draw: st.DrawFn) -> tuple[ActivationQuantizer, int]:
             st.just((Uniform.over(low, high, bits), bits)),
             st.just((Odd.over(low, high, bits), bits)),
             st.just((Log2(2 ** min(bits, 4) - 2), min(bits, 4))),
+            st.just((LogRoot2.below(max(abs(low), abs(high)), bits), bits)),
             twins(),
         )
     )
 
 
-def levels_of(quantizer: ActivationQuantizer) -> list[int]:
+def levels_of(quantizer: ActivationQuantizer) -> list[float]:
     match quantizer:
         case Uniform(_, low, high):
             return list(range(low, high + 1))
@@ -63,12 +66,17 @@ def levels_of(quantizer: ActivationQuantizer) -> list[int]:
             return [*range(low, high + 1), *(k << shift for k in range(1, coarse + 1))]
         case Log2(octaves):
             return [0, *(1 << k for k in range(octaves + 1))]
+        case LogRoot2(_, halves):
+            return [0, *(float(np.float32(2 ** (j / 2))) for j in range(halves + 1))]
 
 
 def values(draw_from: np.ndarray, quantizer: ActivationQuantizer) -> Tensor:
-    """Numbers in [-1, 1] spread over a little more than the quantiser's range; in [0, 1] for powers of two."""
+    """Numbers in [-1, 1] spread over a little more than the quantiser's range; not below 0 for powers of two."""
     x = torch.from_numpy(draw_from)
-    return x.abs() if isinstance(quantizer, Log2) else x * (1.2 * quantizer.largest * quantizer.scale)
+    if isinstance(quantizer, Log2):
+        return x.abs()
+    x = x.abs() if isinstance(quantizer, LogRoot2) else x
+    return x * (1.2 * quantizer.largest * quantizer.scale)
 
 
 UNIT_ARRAYS = npst.arrays(np.float32, st.integers(1, 50), elements=st.floats(-1, 1, width=32))
@@ -96,11 +104,13 @@ def test_every_integer_is_one_of_few_levels_and_in_place_is_the_same(
 def test_the_level_is_the_nearest_one(chosen: tuple[ActivationQuantizer, int], unit: np.ndarray) -> None:
     quantizer, _ = chosen
     x = values(unit, quantizer)
-    if isinstance(quantizer, Log2):  # nearest on the logarithmic scale, so the geometric mean divides two levels
-        steps = x.double() / quantizer.scale
-        wanted = torch.where(steps < 0.5**0.5, 0.0, 2.0 ** torch.log2(steps.clamp_min(0.5)).round())
-        undecided = (torch.log2(steps.clamp_min(0.5)) % 1 - 0.5).abs() < 1e-5
-        assert torch.equal(quantizer.integers(x)[~undecided].double(), wanted[~undecided])
+    if isinstance(quantizer, Log2 | LogRoot2):  # nearest on the logarithmic scale: a geometric mean divides two levels
+        a_step = 1.0 if isinstance(quantizer, Log2) else 0.5
+        above = (x.double() / quantizer.scale).clamp_min(0.5).log2() / a_step  # the least level
+        below_least = above < -0.5
+        wanted = torch.where(below_least, 0.0, 2.0 ** (a_step * above.round()).clamp(max=math.log2(quantizer.largest)))
+        undecided = (above % 1 - 0.5).abs() < 1e-5
+        torch.testing.assert_close(quantizer.integers(x)[~undecided].double(), wanted[~undecided], rtol=1e-6, atol=0)
         return
     levels = torch.tensor(sorted(set(levels_of(quantizer))), dtype=torch.float64) * quantizer.scale
     nearest = (x.double()[:, None] - levels).abs().amin(dim=1)
@@ -165,6 +175,8 @@ def test_weights_go_to_the_nearest_level_of_their_channel(
         lambda: TwinUniform(1.0, 0, 3, 2, 0),
         lambda: Log2(0),
         lambda: Log2(23),
+        lambda: LogRoot2(1.0, 3),
+        lambda: LogRoot2(1.0, 30),
         lambda: from_settings({"kind": "cubic"}),
         lambda: from_settings({"kind": "uniform", "scale": 1.0}),
     ],

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,28 @@ from quee_core.backbones.t2t_vit import PerformerTokens
 from quee_core.errors import DamagedTableError, NumericError, QuantizationError, ShapeMismatchError
 from quee_core.fingerprints import array_fingerprint, fingerprint
 from quee_core.paths import BIT_WIDTHS, FULL_PRECISION
+from quee_core.quantize.blocks import LayerQuantizers, fit_blocks, is_plain, run_together
 from quee_core.quantize.capture import capture
-from quee_core.quantize.layers import InParts, QuantAttention, QuantConv2d, QuantLinear, steady
-from quee_core.quantize.methods import AttentionQuantizers, LinearQuantizers, LinearSamples, QuantMethod, quant_method
+from quee_core.quantize.layers import (
+    InParts,
+    QuantAttention,
+    QuantConv2d,
+    QuantLinear,
+    check_shape,
+    quantized_linear,
+    replaced,
+    steady,
+    with_affine,
+)
+from quee_core.quantize.methods import (
+    AttentionQuantizers,
+    LinearQuantizers,
+    LinearSamples,
+    NormQuantizers,
+    QuantMethod,
+    RelativeQuantizers,
+    quant_method,
+)
 from quee_core.quantize.performer import (
     PerformerQuantizers,
     PerformerSamples,
@@ -42,8 +61,6 @@ _TRANSPARENT = (
 )  # fmt: skip
 
 _DIRECTIONS = "w"  # the random features of a performer, which multiply as a linear layer's weight does
-
-LayerQuantizers = LinearQuantizers | AttentionQuantizers | PerformerQuantizers
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +169,8 @@ def calibrate(
     stem_bits: bit-width of the stem's layers behind its first, the one that sees the image; by default `edge_bits`.
     images: float [n, c, h, w], or batches of them; preprocessed, unlabelled, out of `fit`, a few hundred. The float
     backbone runs over them once, and what its layers are given is sampled on the way; each layer is then judged by
-    itself. 32 among `bits`, or as `edge_bits`, needs no quantisers.
+    itself, but for blocks that the method fits as a whole, over which the images run again at each bit-width. 32 among
+    `bits`, or as `edge_bits`, needs no quantisers.
     Raises NumericError that names a layer with values that are not finite, QuantizationError for an unknown method or
     bit-width, no images, a backbone in training mode, or a kind of layer that cannot be quantised.
     """
@@ -178,8 +196,12 @@ def calibrate(
     in_stem = _quantizable(stem, "stem")
     first = next((name for name, part in in_stem.items() if isinstance(part, nn.Linear | nn.Conv2d)), None)
     behind_first = in_stem.keys() - {first}
+    blocks = [block for part in backbone.segments for block in part.blocks]  # type: ignore[union-attr]
+    as_a_whole = tuple(f"blocks.{k}." for k, block in enumerate(blocks) if chosen.blocks and is_plain(block))
     with torch.inference_mode():
         for name, layer, samples in capture(backbone, stem, given, _quantizable):
+            if name.startswith(as_a_whole):  # captured all the same: values that are not finite are found here
+                continue
             edge = stem_bits if name in behind_first else edge_bits
             for width in inner if name.startswith("blocks.") else {edge} - {FULL_PRECISION}:
                 if isinstance(samples, LinearSamples):
@@ -190,6 +212,11 @@ def calibrate(
                     layers[width][name] = performer_quantizers(samples, width)
                 else:
                     layers[width][name] = chosen.attention(samples, width)
+        if chosen.blocks is not None and inner:
+            quantized_stem = _quantized_stem(backbone, edge_bits, stem_bits, layers)
+            tokens = run_together(quantized_stem, given), run_together(backbone.stem, given)
+            for width in inner:
+                fit_blocks(blocks, tokens, width, chosen.blocks, layers[width], _quantized, backbone.num_prefix_tokens)
     return Calibration(method, edge_bits, stem_bits, len(given), layers)
 
 
@@ -199,13 +226,12 @@ def quantize_backbone(backbone: SegmentedBackbone, calibration: Calibration, bit
     `backbone` stays as it is. Raises QuantizationError if the calibration lacks a bit-width or a layer, or was made
     for layers of other shapes.
     """
-    stem: nn.Module = backbone.stem
     final = backbone.final
     image_size = backbone.num_tokens * backbone.embed_dim
     if calibration.edge != FULL_PRECISION:
-        at_edge = {**calibration._at(calibration.stem), **calibration._at(calibration.edge)}
-        stem = InParts(_quantized(_folded(backbone.stem), "stem", at_edge), image_size)
-        final = None if backbone.final is None else _quantized(backbone.final, "final", at_edge)
+        final = None if final is None else _quantized(final, "final", calibration._at(calibration.edge))
+        calibration._at(calibration.stem)  # or says that it is missing
+    stem = _quantized_stem(backbone, calibration.edge, calibration.stem, calibration.layers)
     starts = (0, *backbone.exits[:-1])
     segments = {}
     for width in sorted({*bits} - {FULL_PRECISION}):
@@ -234,7 +260,7 @@ def quantize_linear(linear: nn.Linear, inputs: Tensor, bits: int, method: str) -
         if not (-torch.inf < low and high < torch.inf):
             raise NumericError("inputs of a linear layer: NaN or infinite values; no range can be found for them")
         found = _linear_quantizers(linear, LinearSamples(rows, low, high), bits, quant_method(method))
-    return _quantized_linear(linear, found)
+    return quantized_linear(linear, found)
 
 
 def linear_to_arrays(layer: QuantLinear) -> Arrays:
@@ -293,59 +319,51 @@ def _folded(stem: nn.Module) -> nn.Module:
     folded._modules = dict(patches._modules)
     folded.conv1, folded.bn1 = fuse_conv_bn_eval(patches.conv1, patches.bn1), nn.Identity()  # type: ignore[assignment]
     folded.conv2, folded.bn2 = fuse_conv_bn_eval(patches.conv2, patches.bn2), nn.Identity()  # type: ignore[assignment]
-    return _replaced(stem, "", {"patch_embed": folded})
+    return replaced(stem, "", {"patch_embed": folded})
 
 
-def _replaced(module: nn.Module, name: str, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of `module` with `parts`, by name, in place of its own; whatever is not replaced is shared, not copied."""
-    if name in parts:
-        return parts[name]
-    if not any(True for _ in module.children()):
-        return module
-    made = copy.copy(module)
-    made._modules = {
-        n: None if child is None else _replaced(child, f"{name}.{n}" if name else n, parts)
-        for n, child in module._modules.items()
-    }
-    return made
+def _quantized_stem(
+    backbone: SegmentedBackbone, edge: int, stem: int, layers: Mapping[int, Mapping[str, LayerQuantizers]]
+) -> nn.Module:
+    """The stem at bit-widths `stem` and, for its first layer, `edge`; the backbone's own where those are 32."""
+    if edge == FULL_PRECISION:
+        return backbone.stem
+    quantized = _quantized(_folded(backbone.stem), "stem", {**layers[stem], **layers[edge]})
+    return InParts(quantized, backbone.num_tokens * backbone.embed_dim)
 
 
 def _quantized(module: nn.Module, prefix: str, found: Mapping[str, LayerQuantizers]) -> nn.Module:
-    """`module` with quantised linear layers, convolutions and attention, and steady activations."""
-    replaced: dict[str, nn.Module] = {
+    """`module` with quantised linear layers, convolutions and attention, norms to suit, and steady activations."""
+    changed: dict[str, nn.Module] = {
         name: kept for name, part in module.named_modules(prefix=prefix) if (kept := steady(part)) is not None
     }
     products: dict[str, Attention | PerformerTokens] = {}
     for name, part in _quantizable(module, prefix).items():
         quantizers = found.get(name)
-        if (isinstance(part, Attention) and isinstance(quantizers, AttentionQuantizers)) or (
+        if (isinstance(part, Attention) and isinstance(quantizers, AttentionQuantizers | RelativeQuantizers)) or (
             isinstance(part, PerformerTokens) and isinstance(quantizers, PerformerQuantizers)
         ):
             products[name] = part
         elif isinstance(part, nn.Linear) and isinstance(quantizers, LinearQuantizers):
-            replaced[name] = _quantized_linear(part, quantizers, name)
+            changed[name] = quantized_linear(part, quantizers, name)
         elif isinstance(part, nn.Conv2d) and isinstance(quantizers, LinearQuantizers):
-            _check_shape(quantizers, part.weight, name)
+            check_shape(quantizers, part.weight, name)
             weight = quantizers.integers.reshape(part.weight.shape)
-            replaced[name] = QuantConv2d(part, weight, quantizers.scale, quantizers.correction, quantizers.inputs)
+            changed[name] = QuantConv2d(part, weight, quantizers.scale, quantizers.correction, quantizers.inputs)
         else:
             raise QuantizationError(f"calibration: no quantisers for {name}; it was made for another backbone")
+    for name, part in module.named_modules(prefix=prefix):
+        affine = found.get(name)
+        if isinstance(part, nn.LayerNorm) and isinstance(affine, NormQuantizers):
+            changed[name] = with_affine(part, affine)
     for name, part in products.items():
-        inner = _replaced(part, name, replaced)
+        inner = replaced(part, name, changed)
         if isinstance(part, PerformerTokens):
             directions = _quantized_directions(part, found.get(f"{name}.{_DIRECTIONS}"), name)
-            replaced[name] = QuantPerformer(inner, directions, found[name])  # type: ignore[arg-type]
+            changed[name] = QuantPerformer(inner, directions, found[name])  # type: ignore[arg-type]
         else:
-            replaced[name] = QuantAttention(inner, found[name])  # type: ignore[arg-type]
-    return _replaced(module, prefix, replaced)
-
-
-def _quantized_linear(linear: nn.Linear, found: LinearQuantizers, name: str = "a linear layer") -> QuantLinear:
-    _check_shape(found, linear.weight, name)
-    bias = found.correction.to(linear.weight.device)
-    if linear.bias is not None:
-        bias = bias + linear.bias.detach().float()
-    return QuantLinear(found.integers, found.scale, bias, found.inputs).to(linear.weight.device)
+            changed[name] = QuantAttention(inner, found[name])  # type: ignore[arg-type]
+    return replaced(module, prefix, changed)
 
 
 def _quantized_directions(layer: PerformerTokens, found: LayerQuantizers | None, name: str) -> QuantLinear:
@@ -353,16 +371,8 @@ def _quantized_directions(layer: PerformerTokens, found: LayerQuantizers | None,
         raise QuantizationError(
             f"calibration: no quantisers for {name}.{_DIRECTIONS}; it was made for another backbone"
         )
-    _check_shape(found, layer.w, f"{name}.{_DIRECTIONS}")
+    check_shape(found, layer.w, f"{name}.{_DIRECTIONS}")
     return QuantLinear(found.integers, found.scale, found.correction, found.inputs).to(layer.w.device)
-
-
-def _check_shape(found: LinearQuantizers, weight: Tensor, name: str) -> None:
-    wanted = (weight.shape[0], weight[0].numel())
-    if found.integers.shape != wanted:
-        raise QuantizationError(
-            f"calibration: {name} is {wanted}, its quantisers are for {tuple(found.integers.shape)}; calibrate again"
-        )
 
 
 def _to_plain(found: Mapping[str, LayerQuantizers]) -> tuple[Arrays, dict[str, Any]]:
@@ -373,6 +383,10 @@ def _to_plain(found: Mapping[str, LayerQuantizers]) -> tuple[Arrays, dict[str, A
             settings[name] = {"inputs": to_settings(layer.inputs)}
             for part in ("integers", "scale", "correction"):
                 arrays[f"{name}/{part}"] = getattr(layer, part).cpu().numpy()
+        elif isinstance(layer, NormQuantizers):
+            settings[name] = {}
+            for part in ("weight", "bias"):
+                arrays[f"{name}/{part}"] = getattr(layer, part).cpu().numpy()
         else:
             settings[name] = {operand: to_settings(getattr(layer, operand)) for operand in asdict(layer)}
     return arrays, settings
@@ -380,9 +394,16 @@ def _to_plain(found: Mapping[str, LayerQuantizers]) -> tuple[Arrays, dict[str, A
 
 def _from_plain(arrays: Arrays, name: str, made: Mapping[str, Any]) -> LayerQuantizers:
     quantizers = {operand: from_settings(settings) for operand, settings in made.items()}
-    if f"{name}/integers" not in arrays:
-        return PerformerQuantizers(**quantizers) if "context" in quantizers else AttentionQuantizers(**quantizers)
-    integers, scale, correction = (
-        torch.from_numpy(arrays[f"{name}/{part}"].copy()) for part in ("integers", "scale", "correction")
-    )
-    return LinearQuantizers(quantizers["inputs"], integers, scale, correction)
+    tensors = {
+        part: torch.from_numpy(arrays[f"{name}/{part}"].copy())
+        for part in ("integers", "scale", "correction", "weight", "bias")
+        if f"{name}/{part}" in arrays
+    }
+    if "integers" in tensors:
+        return LinearQuantizers(quantizers["inputs"], **tensors)
+    if tensors:
+        return NormQuantizers(**tensors)
+    for kind in (PerformerQuantizers, RelativeQuantizers, AttentionQuantizers):
+        if quantizers.keys() == {field.name for field in fields(kind)}:
+            return kind(**quantizers)
+    raise QuantizationError(f"calibration: {name} has quantisers of {sorted(quantizers)}, which no layer has")

@@ -71,22 +71,23 @@ def _run(piece: nn.Module, layers: Layers, values: Tensor) -> tuple[Tensor, dict
     with ExitStack() as hooks:
         for name, layer in layers.items():
             if isinstance(layer, Attention):
-                hook, gather[name] = _attention_hook(name, layer)
+                hook, gather[name] = attention_hook(name, layer)
                 handle = layer.qkv.register_forward_hook(hook)
             elif isinstance(layer, PerformerTokens):
                 hook, gather[name] = _performer_hook(name, layer)
                 handle = layer.kqv.register_forward_hook(hook)
             else:
-                before, gather[name] = _linear_hook(name, len(values), generator)
+                before, gather[name] = linear_hook(name, len(values), generator)
                 handle = layer.register_forward_pre_hook(before)
             hooks.callback(handle.remove)
         behind = torch.cat([piece(part) for part in torch.split(values, TOGETHER)])
     return behind, gather
 
 
-def _linear_hook(
+def linear_hook(
     name: str, images: int, generator: torch.Generator
-) -> tuple[Callable[[nn.Module, tuple[Tensor]], None], Callable[[], Samples]]:
+) -> tuple[Callable[[nn.Module, tuple[Tensor]], None], Callable[[], LinearSamples]]:
+    """What to call before a layer, `name` in errors, runs on some of `images`; and what its inputs' sample then is."""
     seen = _Seen()
 
     def hook(layer: nn.Module, given: tuple[Tensor]) -> None:
@@ -108,22 +109,23 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def _attention_hook(
-    name: str, attention: Attention
-) -> tuple[Callable[[nn.Module, object, Tensor], None], Callable[[], Samples]]:
+def attention_hook(
+    name: str, attention: Attention, kept_images: int = KEPT_IMAGES
+) -> tuple[Callable[[nn.Module, object, Tensor], None], Callable[[], AttentionSamples]]:
+    """What to call with each output of `qkv`; and what the sample of attention's operands then is."""
     operands = {"query": _Seen(), "key": _Seen(), "value": _Seen()}
 
     def hook(_layer: nn.Module, _given: object, output: Tensor) -> None:
         images, tokens, _ = output.shape
         parts = output.float().view(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
         normed = attention.q_norm(parts[0]), attention.k_norm(parts[1]), parts[2]
-        room = max(KEPT_IMAGES - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
-        step = -(-KEPT_IMAGES * attention.num_heads * tokens**2 // KEPT_SCORES)
+        room = max(kept_images - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
+        step = -(-kept_images * attention.num_heads * tokens**2 // KEPT_SCORES)
         for (operand, seen), values in zip(operands.items(), normed, strict=True):
             kept = values[:room].flatten(0, 1)
             seen.add(values, kept[:, ::step] if operand == "query" else kept, f"{name} ({operand})")
 
-    def samples() -> Samples:
+    def samples() -> AttentionSamples:
         query, key, value = (torch.cat(seen.kept) for seen in operands.values())
         ranges = {operand: (seen.low, seen.high) for operand, seen in operands.items()}
         return AttentionSamples(query, key, value, attention.scale, ranges)

@@ -9,6 +9,7 @@ values, accumulator * scale + bias (`torch.addcmul`). The activations between th
 treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,8 +23,8 @@ from torch.nn import functional
 
 from quee_core.backbones.t2t_vit import TokenAttention
 from quee_core.errors import QuantizationError
-from quee_core.quantize.methods import AttentionQuantizers
-from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, Uniform, to_float32
+from quee_core.quantize.methods import AttentionQuantizers, LinearQuantizers, NormQuantizers, RelativeQuantizers
+from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, LogRoot2, Uniform, to_float32
 
 # Elements of the tokens that go through a part together, for each thread: few enough for what a block makes of them to
 # stay in the cache, and enough that starting operations costs little. Three times as many or as few are slower.
@@ -88,6 +89,24 @@ class QuantLinear(nn.Module):
         return sums.float().view(*integers.shape[:-1], self.out_features)
 
 
+def quantized_linear(linear: nn.Linear, found: LinearQuantizers, name: str = "a linear layer") -> QuantLinear:
+    """`linear` with the quantisers that were found for it. Raises QuantizationError if they are for another shape."""
+    check_shape(found, linear.weight, name)
+    bias = found.correction.to(linear.weight.device)
+    if linear.bias is not None:
+        bias = bias + linear.bias.detach().float()
+    return QuantLinear(found.integers, found.scale, bias, found.inputs).to(linear.weight.device)
+
+
+def check_shape(found: LinearQuantizers, weight: Tensor, name: str) -> None:
+    """Raises QuantizationError that names the layer if `found` is for a weight of another shape."""
+    wanted = (weight.shape[0], weight[0].numel())
+    if found.integers.shape != wanted:
+        raise QuantizationError(
+            f"calibration: {name} is {wanted}, its quantisers are for {tuple(found.integers.shape)}; calibrate again"
+        )
+
+
 class QuantConv2d(nn.Module):
     """A quantised convolution without groups: float32 [n, c, h, w] to float32 [n, out, h', w'].
 
@@ -139,7 +158,7 @@ class QuantAttention(nn.Module):
     The linear layers quantise what they are given by themselves, as anywhere.
     """
 
-    def __init__(self, attention: Attention, quantizers: AttentionQuantizers) -> None:
+    def __init__(self, attention: Attention, quantizers: AttentionQuantizers | RelativeQuantizers) -> None:
         """attention: one whose linear layers are quantised already."""
         super().__init__()
         self.num_heads: int = attention.num_heads
@@ -152,9 +171,11 @@ class QuantAttention(nn.Module):
         self.norm: nn.Module = attention.norm
         self.adds_values = isinstance(attention, TokenAttention)
         self.query, self.key, self.value = query, key, value = quantizers.query, quantizers.key, quantizers.value
-        self.weights = quantizers.weights
+        self.is_relative = isinstance(quantizers, RelativeQuantizers)
+        self.weights = quantizers.exponentials if isinstance(quantizers, RelativeQuantizers) else quantizers.weights
         self.score_scale = to_float32(query.scale * key.scale * attention.scale)
-        self.output_scale = to_float32(self.weights.scale * value.scale)
+        # where weights are relative, theirs is in the sum that answers are divided by, too
+        self.output_scale = value.scale if self.is_relative else to_float32(self.weights.scale * value.scale)
         if query.largest * key.largest * self.head_dim > EXACT:
             raise QuantizationError(f"attention: heads of {self.head_dim} dimensions are too wide for exact products")
 
@@ -171,8 +192,7 @@ class QuantAttention(nn.Module):
         self.value.integers(values, out=operands[2])
         q, k, v = operands.flatten(1, 2)
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(self.score_scale)
-        attention = self.weights.integers(torch.softmax(scores, dim=-1, out=scores), out=scores)
-        sums = self._weighted(attention, v).view(images, self.num_heads, tokens, self.head_dim)
+        sums = self._mixed(scores, v).view(images, self.num_heads, tokens, self.head_dim)
         mixed = torch.empty((images, tokens, self.num_heads * self.head_dim), dtype=x.dtype, device=x.device)
         torch.mul(sums.transpose(1, 2), self.output_scale, out=mixed.view(images, tokens, self.num_heads, -1))
         normed = self.norm(mixed)
@@ -181,13 +201,52 @@ class QuantAttention(nn.Module):
         projected: Tensor = self.proj(normed)
         return projected.add_(values.transpose(1, 2).flatten(2)) if self.adds_values else projected
 
+    def _mixed(self, scores: Tensor, values: Tensor) -> Tensor:
+        """Sums of values under the weights that `scores` give, in steps of `output_scale`; overwrites `scores`."""
+        if self.is_relative:
+            relative = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+            attention = self.weights.integers(relative, out=relative)
+            exact = attention.shape[-1] * self.weights.largest <= EXACT
+            total = (attention if exact else attention.double()).sum(dim=-1, keepdim=True).float()
+            return self._weighted(attention, values).div_(total)
+        softmax = torch.softmax(scores, dim=-1, out=scores)
+        if isinstance(self.weights, LogRoot2):
+            even, odd = self.weights.parts(softmax)
+            return self._weighted(odd, values).mul_(math.sqrt(2)).add_(self._weighted(even, values))
+        return self._weighted(self.weights.integers(softmax, out=softmax), values)
+
     def _weighted(self, attention: Tensor, values: Tensor) -> Tensor:
         # a row of softmax sums to 1, and no integer is more than twice its value in steps of the scale, plus 1
         tokens = attention.shape[-1]
-        largest_sum = min(tokens * self.weights.largest, 2 / self.weights.scale + tokens)
+        rows_sum = math.inf if self.is_relative else 2 / self.weights.scale + tokens
+        largest_sum = min(tokens * self.weights.largest, rows_sum)
         if largest_sum * self.value.largest <= EXACT:
             return torch.bmm(attention, values)
         return torch.bmm(attention.double(), values.double()).float()
+
+
+def with_affine(norm: nn.LayerNorm, affine: NormQuantizers) -> nn.LayerNorm:
+    """A copy of `norm` with another weight and bias; `norm` may be shared, and stays as it is."""
+    made = copy.copy(norm)
+    made._parameters = {
+        name: nn.Parameter(tensor.to(norm.weight.device), requires_grad=False)
+        for name, tensor in (("weight", affine.weight), ("bias", affine.bias))
+    }
+    return made
+
+
+def replaced(module: nn.Module, name: str, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `module` with `parts`, by name, in place of its own; whatever is not replaced is shared, not copied."""
+    if name in parts:
+        return parts[name]
+    if not any(True for _ in module.children()):
+        return module
+    made = copy.copy(module)
+    made._modules = {
+        n: None if child is None else replaced(child, f"{name}.{n}" if name else n, parts)
+        for n, child in module._modules.items()
+    }
+    return made
 
 
 class SteadyActivation(nn.Module):

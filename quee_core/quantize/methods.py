@@ -1,13 +1,14 @@
 """How quantisers are chosen: `minmax` takes the whole range, `mse` what makes a layer's output err least (design, 3).
 
-A layer is judged by itself, on samples of what the float backbone gives it, so that its quantisers at one bit-width
-depend neither on other bit-widths nor on the path that leads to it.
+With these two a layer is judged by itself, on samples of what the float backbone gives it, so that its quantisers at
+one bit-width depend neither on other bit-widths nor on the path that leads to it. The others fit the layers of a block
+to one another (`blocks`); `compensated` alone looks at a path, the uniform one at its own bit-width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from quee_core.quantize.quantizers import (
     EXACT,
     ActivationQuantizer,
     Log2,
+    LogRoot2,
     Odd,
     TwinUniform,
     Uniform,
@@ -85,8 +87,48 @@ class AttentionQuantizers:
     weights: ActivationQuantizer
 
 
+@dataclass(frozen=True, slots=True)
+class RelativeQuantizers:
+    """Of query, key, value, and attention's weights before they are normalised, the largest of each query being 1.
+
+    Answers are divided by the sum of a query's quantised weights, behind the product: a flat row of weights has as many
+    levels as a steep one, and what rounding adds to all of them cancels.
+    """
+
+    query: ActivationQuantizer
+    key: ActivationQuantizer
+    value: ActivationQuantizer
+    exponentials: ActivationQuantizer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormQuantizers:
+    """Weight and bias, float32 [d], that take the place of a LayerNorm's so that one quantiser suits all channels."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFit:
+    """How the layers of a plain block are fitted to one another, one after the other (`blocks.fit_blocks`).
+
+    softmax: which levels attention's weights have. rounding: of the linear layers' weights. compensates: whether a
+    layer is fitted on what the quantised layers before it give, and makes up for their errors.
+    """
+
+    softmax: Literal["any", "root2", "relative"]
+    rounding: Literal["in turn", "halves", "refined"]
+    compensates: bool
+
+
 class QuantMethod(Protocol):
     """Chooses the quantisers of one layer at one bit-width."""
+
+    @property
+    def blocks(self) -> BlockFit | None:
+        """How plain blocks are fitted as a whole; None where their layers are, too, judged one by one."""
+        ...
 
     def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
         """Of weight float32 [out, in]; a convolution comes as a linear layer on its patches."""
@@ -104,8 +146,11 @@ def quant_method(name: str) -> QuantMethod:
     return QUANT_METHODS[name]
 
 
+@dataclass(frozen=True, slots=True)
 class MinMax:
     """The whole observed range of inputs, the largest magnitude of each channel's weights."""
+
+    blocks: BlockFit | None = None
 
     def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
         """Nearest integers; no correction."""
@@ -119,6 +164,7 @@ class MinMax:
         return AttentionQuantizers(query, key, value, Uniform.over(0.0, 1.0, bits))
 
 
+@dataclass(frozen=True, slots=True)
 class LeastOutputError:
     """Ranges, kinds and weights of least squared error of the layer's output.
 
@@ -129,61 +175,108 @@ class LeastOutputError:
     2210.17323; ERQ, arXiv 2407.06794]. What error is left on average goes into the bias.
     """
 
+    blocks: BlockFit | None = None
+
     def linear(self, weight: Tensor, samples: LinearSamples, bits: int) -> LinearQuantizers:
         """See the class."""
-        inputs = self._inputs(weight, samples, bits)
+        inputs = input_quantizer(weight, samples, bits)
         rows, given = samples.rows, real(inputs, samples.rows)
         mean, given_mean = rows.mean(dim=0), given.mean(dim=0)
         centred, given_centred = rows - mean, given - given_mean
         moment = given_centred.T @ given_centred / len(rows)
-        wanted = weight + _ridge(weight, centred.T @ given_centred / len(rows) - moment, moment)
-        grid = _least_error_grid(wanted, moment, bits)
+        wanted = weight + ridge(weight @ (centred.T @ given_centred / len(rows) - moment), moment)
+        grid = least_error_grid(wanted, moment, bits)
         integers = round_in_turn(wanted, grid, moment)
         correction = weight @ mean - (integers * grid.scale[:, None]) @ given_mean
         return LinearQuantizers(inputs, integers.to(torch.int8), grid.scale, correction)
 
     def attention(self, samples: AttentionSamples, bits: int) -> AttentionQuantizers:
         """Query and key first, by the error of what attention gives; then its weights and the value."""
-        query, key, value = samples.query, samples.key, samples.value
-        weights = torch.softmax(torch.bmm(query, key.transpose(1, 2)) * samples.scale, dim=-1)
-        wanted = torch.bmm(weights, value)
+        return softmax_attention(samples, bits)
 
-        def error_of(q: Tensor, k: Tensor) -> float:
-            found = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * samples.scale, dim=-1)
-            return mean_square(torch.bmm(found, value) - wanted)
 
-        chosen_query = best_range(samples.ranges["query"], bits, lambda c: error_of(real(c, query), key))
-        given_query = real(chosen_query, query)
-        chosen_key = best_range(samples.ranges["key"], bits, lambda c: error_of(given_query, real(c, key)))
-        given_key = real(chosen_key, key)
-        given = torch.softmax(torch.bmm(given_query, given_key.transpose(1, 2)) * samples.scale, dim=-1)
-        chosen_weights = least(
-            softmax_quantizers(bits), lambda c: mean_square(torch.bmm(real(c, given), value) - wanted)
-        )
-        given = real(chosen_weights, given)
-        chosen_value = best_range(
-            samples.ranges["value"], bits, lambda c: mean_square(torch.bmm(given, real(c, value)) - wanted)
-        )
-        return AttentionQuantizers(chosen_query, chosen_key, chosen_value, chosen_weights)
+def input_quantizer(weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
+    """Of the inputs of weight [out, in], by what its error does to the output."""
+    # rare values, which few rows would miss, are what decides at many bits
+    rows = samples.rows if bits >= MANY_BITS else samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
+    narrows = len(weight) < weight.shape[1]  # then the outputs are fewer than the inputs, and cheaper to find
+    through = weight.T if narrows else weight.T @ weight
 
-    def _inputs(self, weight: Tensor, samples: LinearSamples, bits: int) -> ActivationQuantizer:
-        # rare values, which few rows would miss, are what decides at many bits
-        rows = samples.rows if bits >= MANY_BITS else samples.rows[:: -(-len(samples.rows) // SEARCHED_ROWS)]
-        narrows = len(weight) < weight.shape[1]  # then the outputs are fewer than the inputs, and cheaper to find
-        through = weight.T if narrows else weight.T @ weight
+    def error(candidate: ActivationQuantizer) -> float:
+        wrong = real(candidate, rows).sub_(rows)
+        after = wrong @ through
+        return float(after.mul_(after if narrows else wrong).sum())
 
-        def error(candidate: ActivationQuantizer) -> float:
-            wrong = real(candidate, rows).sub_(rows)
-            after = wrong @ through
-            return float(after.mul_(after if narrows else wrong).sum())
+    best = best_range((samples.low, samples.high), bits, error)
+    if -samples.high / 4 < samples.low < 0:  # as behind a GELU
+        # an exact float32 product is worth more than the last bit of error
+        sums = _clipped_grid(weight, bits, 0.75, odd=False).integers(weight).abs().sum(dim=1).max()
+        twins = [twin for twin in _two_sided(samples, bits) if twin.largest * float(sums) <= EXACT]
+        best = least([best, *twins], error)
+    return best
 
-        best = best_range((samples.low, samples.high), bits, error)
-        if -samples.high / 4 < samples.low < 0:  # as behind a GELU
-            # an exact float32 product is worth more than the last bit of error
-            sums = _clipped_grid(weight, bits, 0.75, odd=False).integers(weight).abs().sum(dim=1).max()
-            twins = [twin for twin in _two_sided(samples, bits) if twin.largest * float(sums) <= EXACT]
-            best = least([best, *twins], error)
-        return best
+
+def softmax_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> AttentionQuantizers:
+    """Of both products, by the error of attention's answers; wanted [m, q, head_dim]: by default those in float."""
+    candidates = softmax_quantizers(bits)
+    return AttentionQuantizers(*least_error_operands(samples, bits, candidates, _softmax, torch.bmm, wanted))
+
+
+def root2_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> AttentionQuantizers:
+    """The same with a softmax in half octaves [RepQ-ViT, section 3.3]."""
+    candidates = [LogRoot2.below(clip, bits) for clip in CLIPS]
+    return AttentionQuantizers(*least_error_operands(samples, bits, candidates, _softmax, torch.bmm, wanted))
+
+
+def relative_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> RelativeQuantizers:
+    """The same where weights are normalised behind the product."""
+    candidates = softmax_quantizers(bits)
+    return RelativeQuantizers(*least_error_operands(samples, bits, candidates, _relative, _normalised, wanted))
+
+
+def least_error_operands(
+    samples: AttentionSamples,
+    bits: int,
+    candidates: Iterable[ActivationQuantizer],
+    weigh: Callable[[Tensor], Tensor],
+    mix: Callable[[Tensor, Tensor], Tensor],
+    wanted: Tensor | None,
+) -> tuple[ActivationQuantizer, ActivationQuantizer, ActivationQuantizer, ActivationQuantizer]:
+    """Of query, key, value and weights, one after the other, by the squared error of what attention gives.
+
+    candidates: for the weights. weigh: scores to weights. mix: weights and value to answers. wanted: answers; None for
+    those in float.
+    """
+    query, key, value = samples.query, samples.key, samples.value
+
+    def weights_of(q: Tensor, k: Tensor) -> Tensor:
+        return weigh(torch.bmm(q, k.transpose(1, 2)) * samples.scale)
+
+    answers = mix(weights_of(query, key), value) if wanted is None else wanted
+
+    def error(weights: Tensor, v: Tensor) -> float:
+        return mean_square(mix(weights, v) - answers)
+
+    chosen_query = best_range(samples.ranges["query"], bits, lambda c: error(weights_of(real(c, query), key), value))
+    given_query = real(chosen_query, query)
+    chosen_key = best_range(samples.ranges["key"], bits, lambda c: error(weights_of(given_query, real(c, key)), value))
+    given = weights_of(given_query, real(chosen_key, key))
+    chosen_weights = least(candidates, lambda c: error(real(c, given), value))
+    given = real(chosen_weights, given)
+    chosen_value = best_range(samples.ranges["value"], bits, lambda c: error(given, real(c, value)))
+    return chosen_query, chosen_key, chosen_value, chosen_weights
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1)
+
+
+def _relative(scores: Tensor) -> Tensor:
+    return torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+
+
+def _normalised(weights: Tensor, value: Tensor) -> Tensor:
+    return torch.bmm(weights, value) / weights.sum(dim=-1, keepdim=True)
 
 
 def round_in_turn(weight: Tensor, grid: WeightGrid, moment: Tensor) -> Tensor:
@@ -219,15 +312,16 @@ def _row_errors(integers: Tensor, weight: Tensor, grid: WeightGrid, moment: Tens
     return (wrong @ moment).mul_(wrong).sum(dim=1)
 
 
-def _ridge(weight: Tensor, covariance_left: Tensor, moment: Tensor) -> Tensor:
-    """Change of `weight` [out, in] that makes up best for the inputs' errors.
+def ridge(missing: Tensor, moment: Tensor, strength: float = RIDGE) -> Tensor:
+    """Change [out, in] of a weight W that makes up best for what its output misses.
 
-    covariance_left: [in, in], E[(x - x̂) x̂ᵀ], of inputs and quantised inputs; moment: [in, in], E[x̂ x̂ᵀ].
+    missing: [out, in], E[(y - W x̂) x̂ᵀ], y the output that is wanted, x̂ the quantised inputs; moment: [in, in],
+    E[x̂ x̂ᵀ]. strength: weight of no change, in units of the mean second moment.
     """
     size = len(moment)
-    strength = RIDGE * moment.diagonal().mean().clamp_min(1e-30)
+    weight = strength * moment.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(size, device=moment.device, dtype=torch.float64)
-    solved = torch.linalg.solve(moment.double() + strength * eye, (weight @ covariance_left).T.double())
+    solved = torch.linalg.solve(moment.double() + weight * eye, missing.T.double())
     change: Tensor = solved.T.float()
     return change
 
@@ -237,7 +331,7 @@ def _damped(moment: Tensor) -> Tensor:
     return moment + strength * torch.eye(len(moment), device=moment.device, dtype=moment.dtype)
 
 
-def _least_error_grid(weight: Tensor, moment: Tensor, bits: int) -> WeightGrid:
+def least_error_grid(weight: Tensor, moment: Tensor, bits: int) -> WeightGrid:
     """The clip of each output channel by (w - ŵ)ᵀ E[x xᵀ] (w - ŵ), the kind of levels by the sum over all channels."""
     kinds = []
     damped = _damped(moment)
@@ -277,9 +371,7 @@ def best_range(seen: tuple[float, float], bits: int, error: Error) -> Activation
     return min(best, key=lambda of: of[0])[1]
 
 
-def least(
-    candidates: Sequence[ActivationQuantizer] | Iterator[ActivationQuantizer], error: Error
-) -> ActivationQuantizer:
+def least(candidates: Iterable[ActivationQuantizer], error: Error) -> ActivationQuantizer:
     """The candidate of least `error`, the first among equals."""
     return min(candidates, key=error)
 
@@ -312,4 +404,13 @@ def mean_square(wrong: Tensor) -> float:
     return float(wrong.square().mean())
 
 
-QUANT_METHODS: Mapping[str, QuantMethod] = MappingProxyType({"minmax": MinMax(), "mse": LeastOutputError()})
+# what is no plain block, such as stem and heads, is treated by all but `minmax` as by `mse`
+QUANT_METHODS: Mapping[str, QuantMethod] = MappingProxyType(
+    {
+        "minmax": MinMax(),
+        "mse": LeastOutputError(),
+        "repq": LeastOutputError(BlockFit("root2", "in turn", compensates=False)),
+        "erq": LeastOutputError(BlockFit("any", "halves", compensates=False)),
+        "compensated": LeastOutputError(BlockFit("relative", "refined", compensates=True)),
+    }
+)

@@ -24,9 +24,12 @@ from torch.nn import functional
 from quee_core.errors import QuantizationError
 
 EXACT = 2**24  # every integer of at most this magnitude is a float32
+MOST_HALVES = 28  # half octaves of a softmax: with more, attention would no longer be exact in float32
 
 _SMALLEST_SCALE = 2.0**-100  # its inverse is finite, and stands for a range that is nothing but zeros
 _EXPONENT_BITS = 0x7F800000  # of a float32
+_ROOT_2 = float(np.float32(2**0.5))
+_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
 def to_float32(value: float) -> float:
@@ -182,10 +185,53 @@ class Log2:
         return scaled
 
 
-_KINDS: Mapping[str, type[Uniform] | type[Odd] | type[TwinUniform] | type[Log2]] = MappingProxyType(
-    {"uniform": Uniform, "odd": Odd, "twin": TwinUniform, "log2": Log2}
+@dataclass(frozen=True, slots=True)
+class LogRoot2:
+    """Powers of √2, for a softmax: 0, and 2^(j/2) for j = 0 … halves, an even number, times `scale`, a float32.
+
+    A value becomes the power nearest to it on the logarithmic scale, or 0 below 2^(-1/4) times the least. An even power
+    is an integer, an odd one an integer times √2; a product is summed apart for the two (`parts`), by shifts, and the
+    second sum's scale has the √2 in it [RepQ-ViT, arXiv 2212.08254, section 3.3]. `bits` bits hold halves = 2^bits - 2.
+    """
+
+    scale: float
+    halves: int
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+        if not 2 <= self.halves <= MOST_HALVES or self.halves % 2:
+            raise QuantizationError(f"quantiser: {self.halves} half octaves; want an even number, 2 to {MOST_HALVES}")
+
+    @classmethod
+    def below(cls, high: float, bits: int) -> "LogRoot2":
+        """2^bits levels, the largest of them `high`."""
+        halves = min(2**bits - 2, MOST_HALVES)
+        return cls(to_scale(high * 2.0 ** (-halves // 2)), halves)
+
+    @property
+    def largest(self) -> int:
+        """Largest integer of either part."""
+        return 1 << (self.halves // 2)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers, float32 of the shape of `x`, whose sum, the second times √2, stands for `x`; one of them is 0."""
+        scaled = x.mul(to_float32(2.0**0.25 / self.scale)).clamp_(max=self.largest)
+        scaled = functional.threshold(scaled, _BELOW_ONE, 0.0)
+        octave = scaled.clone()
+        octave.view(torch.int32).bitwise_and_(_EXPONENT_BITS)
+        is_odd = scaled >= octave * _ROOT_2
+        return octave.masked_fill(is_odd, 0.0), octave.masked_fill_(~is_odd, 0.0)
+
+    def integers(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of both parts, in steps of the scale: not integers, where a power is odd."""
+        even, odd = self.parts(x)
+        return torch.add(even, odd, alpha=_ROOT_2, out=out)
+
+
+_KINDS: Mapping[str, type[Uniform] | type[Odd] | type[TwinUniform] | type[Log2] | type[LogRoot2]] = MappingProxyType(
+    {"uniform": Uniform, "odd": Odd, "twin": TwinUniform, "log2": Log2, "log_root2": LogRoot2}
 )
-ActivationQuantizer = Uniform | Odd | TwinUniform | Log2
+ActivationQuantizer = Uniform | Odd | TwinUniform | Log2 | LogRoot2
 
 
 def real(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
