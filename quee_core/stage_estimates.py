@@ -35,6 +35,7 @@ from quee_core.tables import TOP, UNCERTAINTY, Outcomes, feature_table
 
 TRIAL_ROWS = 1000  # of a fit, at most
 LONG = 0.1  # seconds, of a trial that is not repeated
+WHOLE_BLOCKS = 3.0  # times what judging layers one by one takes, where a method fits blocks as a whole
 TRIAL_WIDTH = 256  # features of a layer whose quantisers are searched for, at most
 # seconds an image, exit and bit-width: choice of rules and intervals, and the dear baselines; two cores,
 # n = 20,000 images, 4 exits, 3 bit-widths, 10 to 35 classes
@@ -217,7 +218,8 @@ def _seconds_a_block(plan: SweepPlan, bits: int, device: torch.device) -> float:
     )
     ranges = dict.fromkeys(("query", "key", "value"), (-4.0, 4.0))
     samples = AttentionSamples(query, key, value, float(attentions[0].scale), ranges)
-    return scaled + len(attentions) * _timed(lambda: method.attention(samples, bits))
+    one_by_one = scaled + len(attentions) * _timed(lambda: method.attention(samples, bits))
+    return one_by_one * (1.0 if method.blocks is None else WHOLE_BLOCKS)
 
 
 def _seconds_a_step(plan: SweepPlan, images: int) -> float:
