@@ -212,7 +212,7 @@ def calibrate(
                     layers[width][name] = performer_quantizers(samples, width)
                 else:
                     layers[width][name] = chosen.attention(samples, width)
-        if chosen.blocks is not None and inner:
+        if chosen.blocks is not None and inner and as_a_whole:
             quantized_stem = _quantized_stem(backbone, edge_bits, stem_bits, layers)
             tokens = run_together(quantized_stem, given), run_together(backbone.stem, given)
             for width in inner:

@@ -16,6 +16,7 @@ from quee_core.quantize.methods import AttentionSamples, LinearSamples
 from quee_core.quantize.performer import PerformerSamples
 
 KEPT_ROWS = 8192  # of each linear layer's inputs, out of all tokens of all images
+LEAST_QUERIES = 8  # of an image whose attention is kept
 KEPT_IMAGES = 16  # whose attention is kept of each layer
 KEPT_SCORES = 2**18  # attention weights among them at most; where all would be more, evenly spaced queries are kept
 TOGETHER = 32  # images that run at a time
@@ -119,8 +120,10 @@ def attention_hook(
         images, tokens, _ = output.shape
         parts = output.float().view(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
         normed = attention.q_norm(parts[0]), attention.k_norm(parts[1]), parts[2]
-        room = max(kept_images - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
-        step = -(-kept_images * attention.num_heads * tokens**2 // KEPT_SCORES)
+        # of many images few queries each would be kept, of the largest models the class token's alone
+        most = min(kept_images, max(1, KEPT_SCORES // (attention.num_heads * tokens * LEAST_QUERIES)))
+        room = max(most - sum(map(len, operands["query"].kept)) // attention.num_heads, 0)
+        step = -(-most * attention.num_heads * tokens**2 // KEPT_SCORES)
         for (operand, seen), values in zip(operands.items(), normed, strict=True):
             kept = values[:room].flatten(0, 1)
             seen.add(values, kept[:, ::step] if operand == "query" else kept, f"{name} ({operand})")

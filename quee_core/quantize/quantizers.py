@@ -191,7 +191,8 @@ class LogRoot2:
 
     A value becomes the power nearest to it on the logarithmic scale, or 0 below 2^(-1/4) times the least. An even power
     is an integer, an odd one an integer times √2; a product is summed apart for the two (`parts`), by shifts, and the
-    second sum's scale has the √2 in it [RepQ-ViT, arXiv 2212.08254, section 3.3]. `bits` bits hold halves = 2^bits - 2.
+    second sum's scale has the √2 in it [RepQ-ViT, arXiv 2212.08254, section 3.3]. `bits` bits hold halves = 2^bits - 2,
+    of which `MOST_HALVES` are used: a method for few bits.
     """
 
     scale: float
@@ -204,7 +205,7 @@ class LogRoot2:
 
     @classmethod
     def below(cls, high: float, bits: int) -> "LogRoot2":
-        """2^bits levels, the largest of them `high`."""
+        """2^bits levels, but no more than `MOST_HALVES` half octaves, the largest of them `high`."""
         halves = min(2**bits - 2, MOST_HALVES)
         return cls(to_scale(high * 2.0 ** (-halves // 2)), halves)
 

@@ -30,10 +30,10 @@ def refined(integers: Tensor, weight: Tensor, grid: WeightGrid, moment: Tensor) 
         least, best = gain.min(dim=1, keepdim=True)
         if not bool((least < 0).any()):
             break
-        made = torch.zeros_like(flip).scatter_(1, best, flip.gather(1, best) * (least < 0))
-        integers += made
-        wrong = integers * scale - weight
-        through = wrong @ moment
+        made = flip.gather(1, best) * (least < 0)
+        integers.scatter_add_(1, best, made)
+        wrong.scatter_add_(1, best, made * scale)
+        through += made * scale * moment[best[:, 0]]
     return integers
 
 
@@ -41,4 +41,5 @@ def rescaled(grid: WeightGrid, integers: Tensor, weight: Tensor, moment: Tensor)
     """The grid whose scales suit integers z [out, in] best: (w M zᵀ) / (z M zᵀ), row by row, where that is above 0."""
     through = integers @ moment
     best = (weight * through).sum(dim=1) / (integers * through).sum(dim=1)
-    return replace(grid, scale=torch.where(best > _LEAST_SCALE, best, grid.scale))  # not for NaN, of zeros alone
+    sound = torch.isfinite(best) & (best > _LEAST_SCALE)  # not of zeros alone
+    return replace(grid, scale=torch.where(sound, best, grid.scale))

@@ -25,13 +25,14 @@ _LEAST_STEP = 1e-12
 class Reparametrized:
     """A LayerNorm and the linear layer behind it, changed together.
 
-    norm: weight and bias. inputs: of the linear layer. weight [out, in]; bias [out], to be added to its own.
+    norm: weight and bias. inputs: of the linear layer. weight: [out, in]. shift: [in], by how much its inputs are more
+    than they were; the fitted bias makes up for it.
     """
 
     norm: NormQuantizers
     inputs: Uniform
     weight: Tensor
-    bias: Tensor
+    shift: Tensor
 
 
 def channel_ranges(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -65,5 +66,5 @@ def reparametrized(norm: nn.LayerNorm, weight: Tensor, rows: Tensor, bits: int) 
         NormQuantizers(norm.weight.detach() / ratio, (norm.bias.detach() + shift) / ratio),
         Uniform(scale, -zero, 2**bits - 1 - zero),
         weight * ratio,
-        -(weight @ shift),
+        shift,
     )
