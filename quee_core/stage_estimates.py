@@ -33,7 +33,7 @@ from quee_core.quantize.capture import KEPT_IMAGES, KEPT_ROWS, KEPT_SCORES
 from quee_core.quantize.methods import AttentionSamples, LinearSamples, quant_method
 from quee_core.tables import TOP, UNCERTAINTY, Outcomes, feature_table
 
-TRIAL_ROWS = 1000  # of a fit, at most
+TRIAL_ROWS = 3000  # of a fit, at most
 LONG = 0.1  # seconds, of a trial that is not repeated
 WHOLE_BLOCKS = 3.0  # times what judging layers one by one takes, where a method fits blocks as a whole
 TRIAL_WIDTH = 256  # features of a layer whose quantisers are searched for, at most
