@@ -24,7 +24,10 @@ settings.register_profile("quee", deadline=None)  # a busy machine is slow, not 
 settings.load_profile("quee")
 
 
-LONGEST = ("test_chaos", "test_silent_runs", "test_whole_pipeline", "test_retries", "test_deployed")
+LONGEST = (
+    "test_chaos", "test_retries", "test_store_s3", "test_bad_places", "test_deployed", "test_silent_runs",
+    "test_whole_pipeline",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
