@@ -84,7 +84,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
             paths = [path for path in paths if cells[path] in absent]
         lacking.append((image_count(plan.shards(split)[shard]), paths))
     points = grid_points(plan.config)
-    pace = _pace(plan, device, readable=not missing)
+    pace = _pace(plan, device, readable=not unknown)
     stages = {stage.stage: stage for stage in stage_estimates(plan, lacking, pace, device)}
     return Estimate(
         images={str(name): count for name, count in plan.images.items()},
@@ -105,7 +105,7 @@ def estimate(plan: SweepPlan, store: Store, device: torch.device, missing: Seque
 
 @torch.inference_mode()
 def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
-    """Measured on few images without content, and where they are `readable` on a disk, by reading as many."""
+    """Measured on few images without content, and where images are `readable`, by reading as many."""
     backbone = plan.loaded.backbone.to(device)
     _, height, width = backbone.image_shape
     few = TRIAL_PIXELS // (height * width) if device.type == "cpu" else TRIAL_IMAGES
@@ -123,7 +123,7 @@ def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
         _finished(device)
         segments = time.perf_counter() - started
     read = 0.0
-    if readable and plan.config.dataset.url is None:
+    if readable:
         started = time.perf_counter()
         with closing(plan.batches(subsample(plan.dataset, plan.splits["fit"], count, 0))) as batches:
             for _batch in batches:

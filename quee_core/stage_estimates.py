@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from timm.layers import Attention
 from torch import nn
 
-from quee_core.costs import CostTable, backbone_macs, bitops_table
+from quee_core.costs import BackboneMacs, CostTable, backbone_macs, bitops_table
 from quee_core.data.splits import image_count
 from quee_core.features import HeadViews, walked_edges
 from quee_core.grid import fit_gate, grid_points
@@ -75,10 +75,11 @@ def stage_estimates(
 
     lacking: for each branch that has tables to fill, its images and the paths of those.
     """
-    table = _costs(plan)
+    macs = backbone_macs(plan.loaded.backbone)
+    table = _costs(plan, macs)
     return [
-        _calibrate(plan, table, pace, device),
-        _train_heads(plan, table, pace),
+        _calibrate(plan, macs, table, pace, device),
+        _train_heads(plan, macs, table, pace),
         _extract(plan, table, lacking, pace),
         _assemble(plan),
         _fit_the_grid(plan),
@@ -91,13 +92,11 @@ def row_bytes(plan: SweepPlan) -> int:
     return 8 + 2 + 2 + 1 + 4 * len(UNCERTAINTY) + 4 * _kept_classes(plan) + 2 * plan.config.embedding.dimensions
 
 
-def _costs(plan: SweepPlan) -> CostTable:
-    backbone, macs = plan.loaded.backbone, _head_macs(plan)
-    own: list[int | None] = [None] if backbone.num_classes else [macs]
+def _costs(plan: SweepPlan, macs: BackboneMacs) -> CostTable:
+    head = _head_macs(plan)
+    own: list[int | None] = [None] if plan.loaded.backbone.num_classes else [head]
     bits = sorted({*plan.tree.bits, *plan.head_bits, FULL_PRECISION})
-    return bitops_table(
-        backbone, [*[macs] * (plan.tree.depth - 1), *own], bits, edge=plan.edge_bits, stem=plan.stem_bits
-    )
+    return bitops_table(macs, [*[head] * (plan.tree.depth - 1), *own], bits, edge=plan.edge_bits, stem=plan.stem_bits)
 
 
 def _head_macs(plan: SweepPlan) -> int:
@@ -106,22 +105,20 @@ def _head_macs(plan: SweepPlan) -> int:
     return width * classes + heads.hidden * (width + classes)
 
 
-def _float_stem(plan: SweepPlan) -> int:
-    return backbone_macs(plan.loaded.backbone).stem.bitops(FULL_PRECISION)
-
-
-def _calibrate(plan: SweepPlan, table: CostTable, pace: Pace, device: torch.device) -> StageEstimate:
+def _calibrate(
+    plan: SweepPlan, macs: BackboneMacs, table: CostTable, pace: Pace, device: torch.device
+) -> StageEstimate:
     images, depth = image_count(plan.calibration_images()), plan.tree.depth
     blocks = sum(1 for _ in _blocks(plan))
     searched = blocks * len(bits) * _seconds_a_block(plan, bits[0], device) if (bits := plan.calibrated_bits) else 0.0
     weights = sum(p.numel() for p in plan.loaded.backbone.parameters())
     return StageEstimate(
-        "calibrate", images * depth, images * (_float_stem(plan) + sum(table.segments[FULL_PRECISION])),
+        "calibrate", images * depth, images * (macs.stem.bitops(FULL_PRECISION) + sum(table.segments[FULL_PRECISION])),
         images * (pace.stem + depth * pace.segment) + searched, weights * len(bits), 0,
     )  # fmt: skip
 
 
-def _train_heads(plan: SweepPlan, table: CostTable, pace: Pace) -> StageEstimate:
+def _train_heads(plan: SweepPlan, macs: BackboneMacs, table: CostTable, pace: Pace) -> StageEstimate:
     """As `head_views` walks: every precision, then each copy at full precision and along a path of the other ones."""
     heads, depth, backbone = plan.config.heads, plan.tree.depth, plan.loaded.backbone
     images = image_count(plan.head_images())
@@ -129,8 +126,8 @@ def _train_heads(plan: SweepPlan, table: CostTable, pace: Pace) -> StageEstimate
     whole = {b: sum(table.segments[b]) for b in plan.head_bits}
     mixed = float(np.mean([whole[b] for b in plan.head_bits if b != FULL_PRECISION] or [whole[FULL_PRECISION]]))
     bitops = sum(whole.values()) + heads.copies * (whole[FULL_PRECISION] + mixed) + stems * table.stem
-    if backbone.final is not None:
-        bitops += stems * backbone_macs(backbone).final.bitops(FULL_PRECISION)  # type: ignore[union-attr]
+    if macs.final is not None:
+        bitops += stems * macs.final.bitops(FULL_PRECISION)
     trained = depth - (1 if backbone.num_classes else 0)
     steps = heads.epochs * -(-images // heads.batch)
     # float32 and int8 of each head, float64 of each projection
