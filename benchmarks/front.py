@@ -29,11 +29,11 @@ from quee_core.baselines import BASELINES, BaselineData
 from quee_core.comparison import RunFronts, compare, run_fronts, run_outcomes
 from quee_core.config import SweepConfig
 from quee_core.data.datasets import UNKNOWN_LABEL
-from quee_core.deployment import load_router
-from quee_core.evaluation import MeasuredFront, PricedTree, measure, measured
+from quee_core.deployment import load_policy, load_router
+from quee_core.evaluation import MeasuredFront, PricedTree, measure
 from quee_core.fronts import hypervolume_per_image, paired_bootstrap
 from quee_core.runs import find_record, router_folder
-from quee_core.shipping import choose_rules, rule_decisions
+from quee_core.shipping import CorrectedAnswers, choose_rules, rule_decisions
 from quee_core.tables import Outcomes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,6 +77,7 @@ class Run:
     prices: NDArray[np.float64]
     seed: int
     classes: int
+    projection_macs: int
     stage_seconds: Mapping[str, float]  # when they were computed
 
     @classmethod
@@ -85,13 +86,15 @@ class Run:
         record, folder = find_record(name, runs)
         kept = folder / "seconds.json"
         router = load_router(router_folder(folder)).router
+        _, exits, _, _ = load_policy(router_folder(folder))
         config = SweepConfig.model_validate(record.config)
         spent: dict[str, float] = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
         spent |= {timing.stage: timing.seconds for timing in record.timings if timing.computed and not timing.reused}
         kept.write_text(json.dumps(spent), "utf-8")
         return cls(
             run_fronts(record, folder), PricedTree.of(router.table.without_gates(), router.policy.tree),
-            run_outcomes(folder), config.prices.grid(), config.seed, len(record.class_names), spent,
+            run_outcomes(folder), config.prices.grid(), config.seed, len(record.class_names), exits.projection_macs,
+            spent,
         )  # fmt: skip
 
     @cached_property
@@ -100,6 +103,18 @@ class Run:
         target, select, _ = self.outcomes
         return self.chosen(target, select)
 
+    @cached_property
+    def with_corrections(self) -> Timed:
+        """The same, with answers of corrected heads among what competes."""
+        target, select, _ = self.outcomes
+        started = time.perf_counter()
+        corrected = CorrectedAnswers.of(
+            self.priced.table, target, select, None, self.classes, self.seed, projection_macs=self.projection_macs
+        )
+        spent = time.perf_counter() - started
+        front, seconds = self.chosen(target, select, corrected=corrected)
+        return front, None if seconds is None else spent + seconds
+
     def chosen(self, target: Outcomes, select: Outcomes, unlabelled: Outcomes | None = None, **settings: Any) -> Timed:
         """The front without gates that is chosen on these images, measured on `test`, and the seconds that it took."""
         tree, test, started = self.priced.tree, self.outcomes[2], time.perf_counter()
@@ -107,8 +122,10 @@ class Run:
             self.priced.table, tree, target, select, None, self.prices, self.seed, unlabelled=unlabelled, **settings
         )
         spent = time.perf_counter() - started
-        decisions, costs = rule_decisions(rules, self.priced.table, tree, test)
-        return measured(decisions, test.errors, costs), spent
+        corrected = settings.get("corrected")
+        corrections = None if corrected is None else corrected.corrections
+        ours = rule_decisions(rules, self.priced.table, tree, test, None, corrections)
+        return MeasuredFront(ours.decisions, ours.cost, ours.correct), spent
 
     def thresholds(self, tuning: Outcomes) -> Timed:
         """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""
@@ -145,6 +162,7 @@ def levers(runs: Sequence[Run], plain: Run) -> list[Gain]:
             "thresholds": run.thresholds(Outcomes.joined_answers([target, select])),
             **{name: run.chosen(target, select, **settings) for name, settings in LEVERS.items()},
             "choice, teacher and second looks": run.all_labelled,
+            "these and corrected answers": run.with_corrections,
             "gates": (run.fronts.fronts["gates"], run.stage_seconds.get("fit the grid")),
             "all together, as it ships": (run.fronts.fronts["quee"], None),
         }

@@ -25,12 +25,14 @@ class Cascade:
     A threshold is on `CONFIDENCES`' scale, where more is surer: on entropy it is the negative of what is printed.
     looks: distinct paths in the order of asking. measure: the confidence, one of `CONFIDENCES`. thresholds: finite, one
     for each look but the last; an image is answered by the first look whose confidence is at least its threshold.
+    corrected: whether the looks' answers are corrected ones (corrections.py).
     Raises ConfigError for thresholds or a measure that are none, InvalidPathError for looks that are none.
     """
 
     looks: tuple[Path, ...]
     measure: str
     thresholds: tuple[float, ...]
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         if not self.looks or len(set(self.looks)) < len(self.looks) or ROOT in self.looks:
@@ -45,7 +47,7 @@ class Cascade:
         sign = CONFIDENCES[self.measure]
         sure = ", ".join(repr(sign * threshold) for threshold in self.thresholds)
         rule = f", {self.measure} {'≥' if sign > 0 else '≤'} {sure}" if sure else ""
-        return " > ".join(map(str, self.looks)) + rule
+        return " > ".join(map(str, self.looks)) + rule + (", corrected" if self.corrected else "")
 
     def decide(self, outcomes: Outcomes) -> NDArray[np.int16]:
         """Which look answers each image, from 0; int16 [n]. Raises ShapeMismatchError for a look without a table."""
@@ -61,7 +63,7 @@ class Cascade:
         return " > ".join(map(str, ends))
 
 
-def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float]) -> Cascade:
+def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float], *, corrected: bool = False) -> Cascade:
     """The cascade of `thresholds` that may be infinite: a look that never answers is left out, what follows one that
     always does is cut off. It decides as the given ones do, and costs no more. Raises as `Cascade` does.
     """
@@ -74,7 +76,7 @@ def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float]) ->
         if threshold == -math.inf:
             break
         finite.append(float(threshold))
-    return Cascade(tuple(kept), measure, tuple(finite))
+    return Cascade(tuple(kept), measure, tuple(finite), corrected)
 
 
 def look_costs(table: CostTable, looks: Sequence[Path]) -> NDArray[np.float64]:

@@ -19,8 +19,7 @@ from quee_core.costs import CostTable, full_cost, path_costs, relative
 from quee_core.deployment import load_router
 from quee_core.errors import DamagedTableError, ShapeMismatchError, StoreError
 from quee_core.evaluation import gate_decisions
-from quee_core.fronts import at_budgets, hypervolume_per_image, operating_points, paired_bootstrap
-from quee_core.fronts import correctness as correctness_of
+from quee_core.fronts import at_budgets, hypervolume_per_image, paired_bootstrap
 from quee_core.paths import PathTree
 from quee_core.record import SegmentCost, SweepRecord, images_key
 from quee_core.runs import router_folder
@@ -133,12 +132,11 @@ def served_front(record: SweepRecord, folder: FilePath) -> ServedFront:
     if prices:
         priced = relative(path_costs(bitops, tree.paths, evaluated="every"), bitops, tree)
         gates = GateFront(gate_decisions(policy, deployed.router.costs, np.array(prices), test), priced)
-    decisions, costs = rule_decisions(shipped, bitops.without_gates(), tree, test, gates)
-    cost, _ = operating_points(decisions, test.errors, costs)
+    ours = rule_decisions(shipped, bitops.without_gates(), tree, test, gates, deployed.router.corrections)
+    cost = ours.cost
     order = np.argsort(cost, kind="stable")
     whole = full_cost(bitops, tree)
-    correct = correctness_of(decisions, test.errors)
-    return ServedFront(np.array(test.sample_ids), images, cost[order] * whole, correct[order], whole)
+    return ServedFront(np.array(test.sample_ids), images, cost[order] * whole, ours.correct[order], whole)
 
 
 def bitops_costs(rows: tuple[SegmentCost, ...], tree: PathTree) -> CostTable:

@@ -109,7 +109,17 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
     priced = PricedTree.of(table.without_gates(), policy.tree)
     shipped = [point.as_shipped() for point in deployed.manifest.points]
     classes, settings = len(deployed.manifest.class_names), config.evaluation
-    fronts = all_fronts(policy, table.gates, shipped, priced, outcomes, config.prices.grid(), classes, settings)
+    fronts = all_fronts(
+        policy,
+        table.gates,
+        shipped,
+        priced,
+        outcomes,
+        config.prices.grid(),
+        classes,
+        settings,
+        deployed.router.corrections,
+    )
     test, tree = outcomes[2], policy.tree
     whole = full_cost(table, tree)
     return RunFronts(

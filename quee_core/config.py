@@ -186,7 +186,7 @@ class PathsConfig(Section):
 class QuantizationConfig(Section):
     """Post-training quantisation (design, section 3)."""
 
-    method: str = Field("mse", description="minmax, mse, repq, erq or compensated.")
+    method: str = Field("compensated", description="compensated, mse, repq, erq or minmax.")
     images: int = Field(256, ge=8, description="Calibration images, out of `fit`.")
     edge_bits: int | None = Field(
         None, description="Bit-width of stem and heads; by default 8, or 32 where all of paths.bits are above 8."

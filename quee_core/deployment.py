@@ -21,6 +21,7 @@ from quee_core import __version__
 from quee_core.backbones.registry import blank_backbone
 from quee_core.backbones.segmented import SegmentedBackbone
 from quee_core.cascades import Cascade
+from quee_core.corrections import Corrections
 from quee_core.costs import CostTable
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.errors import (
@@ -45,7 +46,8 @@ from quee_core.shipping import GateRule, Rule, Shipped
 from quee_core.summary import Winner
 from quee_core.whole_files import disk_faults, whole_file
 
-FORMAT = 2
+FORMAT = 3
+CORRECTIONS = "corrections.safetensors"
 
 
 class _Plain(BaseModel):
@@ -59,6 +61,7 @@ class PlainCascade(_Plain):
     looks: tuple[str, ...]
     measure: str
     thresholds: tuple[float, ...]
+    corrected: bool = False
 
 
 class PlainGates(_Plain):
@@ -72,7 +75,9 @@ def plain_rule(rule: Rule) -> PlainCascade | PlainGates:
     """`rule` as the manifest keeps it."""
     if isinstance(rule, GateRule):
         return PlainGates(price=rule.price)
-    return PlainCascade(looks=tuple(map(str, rule.looks)), measure=rule.measure, thresholds=rule.thresholds)
+    return PlainCascade(
+        looks=tuple(map(str, rule.looks)), measure=rule.measure, thresholds=rule.thresholds, corrected=rule.corrected
+    )
 
 
 class OperatingPoint(_Plain):
@@ -94,7 +99,8 @@ class OperatingPoint(_Plain):
         """The rule, for `Router`. Raises InvalidPathError or ConfigError for one that is none."""
         if isinstance(self.rule, PlainGates):
             return GateRule(self.rule.price)
-        return Cascade(tuple(map(Path.parse, self.rule.looks)), self.rule.measure, self.rule.thresholds)
+        of = self.rule
+        return Cascade(tuple(map(Path.parse, of.looks)), of.measure, of.thresholds, of.corrected)
 
     def as_shipped(self) -> Shipped:
         """What it was before any test. Raises as `as_rule` does."""
@@ -177,6 +183,7 @@ def export_winner(
     winner: Winner,
     table: CostTable,
     shipped: Sequence[Shipped],
+    corrections: Corrections | None,
     record: SweepRecord,
     folder: FilePath,
 ) -> FilePath:
@@ -196,6 +203,7 @@ def export_winner(
         calibration=calibration,
         exits=exits,
         policy=winner.policy,
+        corrections=corrections,
         table=table.with_gates(winner.gates),
         full_cost=record.full_cost,
         points=tuple(
@@ -229,6 +237,7 @@ def save_router(
     table: CostTable,
     full_cost: float,
     points: tuple[OperatingPoint, ...],
+    corrections: Corrections | None = None,
 ) -> FilePath:
     """Write everything that routes an image into `folder`; returns its manifest, which comes last.
 
@@ -243,6 +252,8 @@ def save_router(
         "exits.safetensors": exits.to_bytes(),
         "policy.safetensors": policy_to_bytes(policy),
     }
+    if corrections is not None and any(isinstance(p.rule, PlainCascade) and p.rule.corrected for p in points):
+        contents[CORRECTIONS] = corrections.to_bytes()
     _, height, width = backbone.image_shape
     manifest = RouterManifest(
         format=FORMAT,
@@ -295,17 +306,18 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     quantized = quantize_backbone(backbone.to(device), calibration, manifest.bits).to(device)
     network = exits.network(quantized).to(device)
     try:
-        router = Router(network, policy, manifest.costs).eval()
+        router = Router(network, policy, manifest.costs, _corrections(folder, manifest)).eval()
     except InvalidPathError as error:
         raise DamagedTableError(f"{folder / MANIFEST}: costs: {error}; run the sweep again to export it anew") from None
     return DeployedRouter(router, manifest.preprocessing.transform(), manifest)
 
 
-def load_policy(folder: FilePath) -> tuple[GatePolicy, FittedExits, RouterManifest]:
+def load_policy(folder: FilePath) -> tuple[GatePolicy, FittedExits, Corrections | None, RouterManifest]:
     """What a saved router decides by, without the network that it decides for. Raises as `load_router` does."""
     manifest = read_manifest(folder)
     exits = FittedExits.from_bytes(_checked(folder, "exits.safetensors", manifest.files))
-    return policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files)), exits, manifest
+    policy = policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files))
+    return policy, exits, _corrections(folder, manifest), manifest
 
 
 def read_manifest(folder: FilePath) -> RouterManifest:
@@ -338,6 +350,13 @@ def router_digest(folder: FilePath) -> str | None:
     except StoreError:
         return None
     return _sha256((folder / MANIFEST).read_bytes())
+
+
+def _corrections(folder: FilePath, manifest: RouterManifest) -> Corrections | None:
+    """Those that some rule asks for; a router without such a rule has none."""
+    if CORRECTIONS not in manifest.files:
+        return None
+    return Corrections.from_bytes(_checked(folder, CORRECTIONS, manifest.files))
 
 
 def _checked(folder: FilePath, name: str, sums: Mapping[str, str]) -> bytes:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
@@ -16,8 +15,8 @@ from quee_core.errors import ConfigError
 from quee_core.features import HeadViews
 from quee_core.fingerprints import array_fingerprint
 from quee_core.heads import ExitHead, train_head
-from quee_core.network import PathNetwork, Projection
-from quee_core.paths import FULL_PRECISION
+from quee_core.network import PathNetwork
+from quee_core.paths import EMBEDDING_BITS, FULL_PRECISION
 from quee_core.quantize.calibration import QuantizedBackbone, linear_from_arrays, linear_to_arrays, quantize_linear
 from quee_core.quantize.layers import QuantLinear
 
@@ -45,7 +44,7 @@ class FittedExits:
     def network(self, quantized: QuantizedBackbone) -> PathNetwork:
         """The network that paths run through."""
         heads = [None if self._is_own(k) else _head_from_arrays(arrays) for k, arrays in enumerate(self.exits)]
-        projections = [Projection(arrays["pca/mean"], arrays["pca/components"]) for arrays in self.exits]
+        projections = [linear_from_arrays(_fields_of("embedding", arrays)) for arrays in self.exits]
         return PathNetwork(quantized, heads, projections)
 
     def head_macs(self) -> list[int | None]:
@@ -58,7 +57,7 @@ class FittedExits:
     @property
     def projection_macs(self) -> int:
         """Multiply-accumulates of one embedding; the dearest exit stands for all."""
-        return max(int(arrays["pca/components"].size) for arrays in self.exits)
+        return max(int(arrays["embedding/weight"].size) for arrays in self.exits)
 
     def to_bytes(self) -> bytes:
         """All exits as one archive, without pickle."""
@@ -69,10 +68,7 @@ class FittedExits:
     def from_bytes(cls, data: bytes) -> "FittedExits":
         """Read back what `to_bytes` wrote. Raises DamagedTableError for anything else."""
         arrays, settings = unpack(data, kind=KIND)
-        exits = [
-            {name.partition("/")[2]: a for name, a in arrays.items() if name.partition("/")[0] == str(k)}
-            for k in range(settings["exits"])
-        ]
+        exits = [_fields_of(str(k), arrays) for k in range(settings["exits"])]
         return cls(tuple(exits), settings["own_last_head"])
 
     def _is_own(self, index: int) -> bool:
@@ -101,7 +97,7 @@ def fit_exits(
     plain = int((views.shown == 0).sum())  # the images as they are, which come first
     for index, pooled in enumerate(views.pooled):
         rows = _spread_rows(pooled[:plain], FITTED_ROWS, 2 * embed_dim)
-        arrays = _fit_projection(rows.numpy(), dimensions, heads.seed)
+        arrays = _fit_projection(rows, dimensions, heads.seed, method)
         if not (own_last_head and index == len(views.pooled) - 1):
             rows = _spread_rows(pooled[:plain], HEAD_CALIBRATION_ROWS, width)
             arrays |= _head_to_arrays(train_head(views, index, classes, heads, width), rows, edge, method)
@@ -119,14 +115,21 @@ def _spread_rows(pooled: Tensor, count: int, width: int) -> Tensor:
     return pooled[picked // images, picked % images, :width]
 
 
-def _fit_projection(rows: NDArray[np.float32], dimensions: int, seed: int) -> dict[str, NDArray[Any]]:
+def _fit_projection(rows: Tensor, dimensions: int, seed: int, method: str) -> dict[str, NDArray[Any]]:
+    """PCA of rows float32 [n, f] as a layer on integers, which takes the mean off by its bias."""
     if dimensions > min(rows.shape):
         raise ConfigError(
             f"embedding.dimensions: {dimensions} is more than the {rows.shape[1]} pooled features "
             f"or the {rows.shape[0]} rows of the fit split; lower it"
         )
-    pca = PCA(dimensions, svd_solver="covariance_eigh", random_state=seed).fit(rows.astype(np.float64))
-    return {"pca/mean": pca.mean_, "pca/components": np.ascontiguousarray(pca.components_.T)}
+    pca = PCA(dimensions, svd_solver="covariance_eigh", random_state=seed).fit(rows.double().numpy())
+    layer = nn.Linear(rows.shape[1], dimensions)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(pca.components_))
+        layer.bias.copy_(torch.from_numpy(-pca.components_ @ pca.mean_))
+    made = quantize_linear(layer, rows, EMBEDDING_BITS, method)
+    assert isinstance(made, QuantLinear)  # below full precision
+    return {f"embedding/{field}": array for field, array in linear_to_arrays(made).items()}
 
 
 def _head_to_arrays(head: ExitHead, rows: Tensor, edge: int, method: str) -> dict[str, NDArray[Any]]:
@@ -147,6 +150,10 @@ def _head_to_arrays(head: ExitHead, rows: Tensor, edge: int, method: str) -> dic
     return arrays
 
 
+def _fields_of(name: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {field.partition("/")[2]: a for field, a in arrays.items() if field.partition("/")[0] == name}
+
+
 def _head_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
     classes, width = arrays["head/linear_weight"].shape
     head = ExitHead(width, classes, len(arrays["head/inner_bias"]) if "head/inner_bias" in arrays else 0)
@@ -154,7 +161,6 @@ def _head_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> nn.Module:
         for name, parameter in head.named_parameters():
             parameter.copy_(torch.from_numpy(arrays[f"head/{name.replace('.', '_')}"]))
     for name in HEAD_LAYERS:
-        quantized = {field.partition("/")[2]: a for field, a in arrays.items() if field.partition("/")[0] == name}
-        if quantized:
+        if quantized := _fields_of(name, arrays):
             setattr(head, name, linear_from_arrays(quantized))
     return head

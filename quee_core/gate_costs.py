@@ -1,4 +1,4 @@
-"""What the gates themselves cost: BitOps at full precision, or time measured on this device."""
+"""What the gates themselves cost: BitOps, or time measured on this device."""
 
 import statistics
 import time
@@ -8,15 +8,22 @@ import numpy as np
 import torch
 
 from quee_core.network import PathNetwork
-from quee_core.paths import FULL_PRECISION, ROOT, Path
+from quee_core.paths import EMBEDDING_BITS, FULL_PRECISION, ROOT, Path
 from quee_core.policy import GatePolicy
 from quee_core.tables import Outcomes, feature_table
 
 
 def gate_bitops(policy: GatePolicy, *, projection_macs: int) -> tuple[float, ...]:
-    """BitOps of one decision at each exit, root first; gates run at full precision, and are not free."""
-    macs = policy.macs(policy.tree.depth, projection_macs=projection_macs)
-    return tuple(float(m) * FULL_PRECISION**2 for m in macs)
+    """BitOps of one decision at each exit, root first: gates are not free.
+
+    Predictors run at full precision, an embedding of `projection_macs` in `EMBEDDING_BITS`; it counts where a gate uses
+    it. The dearest gate of an exit stands for all of it.
+    """
+    dearest = [0.0] * policy.tree.depth
+    for gate, predictor in policy.predictors.items():
+        embedding = projection_macs * EMBEDDING_BITS**2 if "embedding" in policy.kinds[gate] else 0
+        dearest[gate.exit] = max(dearest[gate.exit], float(predictor.macs * FULL_PRECISION**2 + embedding))
+    return tuple(dearest)
 
 
 def gate_milliseconds(
@@ -45,11 +52,10 @@ def _decision(policy: GatePolicy, network: PathNetwork, gate: Path, outcomes: Ou
     n, classes = outcomes.images, max(2, outcomes.top_p.shape[-1], int(outcomes.labels.max()) + 1)
     logits = rng.standard_normal((n, classes), np.float32)
     embedding = np.zeros((n, outcomes.embedding.shape[-1]), np.float32)
-    projection = network.projections[gate.exit - 1]
-    pooled = torch.zeros(n, len(projection.mean), device=network.device)
+    pooled = torch.zeros(n, network.projection(gate.exit).in_features, device=network.device)
 
     def decide() -> object:
-        seen = projection(pooled) if "embedding" in policy.kinds[gate] else embedding
+        seen = network.embedding(gate.exit, pooled) if "embedding" in policy.kinds[gate] else embedding
         feature_table(outcomes.sample_ids, outcomes.labels, logits, seen)
         return policy.predict(gate, outcomes)
 

@@ -13,24 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quee_core.quantize.calibration import QuantizedBackbone
-
-
-@dataclass(frozen=True)
-class Projection:
-    """PCA of the first f pooled features of an exit: mean float64 [f], components float64 [f, k]."""
-
-    mean: NDArray[np.float64]
-    components: NDArray[np.float64]
-
-    def __call__(self, pooled: Tensor) -> NDArray[np.float32]:
-        """Embedding float32 [n, k] of pooled tokens float [n, f or more], on any device.
-
-        Computed in float64: the table keeps float16, so the batch that an image comes in never shows. By torch, not
-        by numpy, whose BLAS has threads of its own: they spin on after a product and halve the speed of segments.
-        """
-        centred = pooled[:, : len(self.mean)].cpu().double() - torch.from_numpy(self.mean)
-        embedding: NDArray[np.float32] = (centred @ torch.from_numpy(self.components)).float().numpy()
-        return embedding
+from quee_core.quantize.layers import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -45,17 +28,18 @@ class PathNetwork(nn.Module):
     """Runs any path of a segmented, quantised backbone, segment by segment.
 
     quantized: the backbone with its quantised segments. heads: one module per exit, pooled tokens to
-    logits; None for the last exit stands for the backbone's own head. projections: one per exit.
+    logits; None for the last exit stands for the backbone's own head. projections: one per exit, the first pooled
+    features to an embedding, on integers: the batch that an image comes in never shows.
     """
 
     def __init__(
-        self, quantized: QuantizedBackbone, heads: Sequence[nn.Module | None], projections: Sequence[Projection]
+        self, quantized: QuantizedBackbone, heads: Sequence[nn.Module | None], projections: Sequence[QuantLinear]
     ) -> None:
         super().__init__()
         self.quantized = quantized
         self.heads = nn.ModuleList([nn.Identity() if head is None else head for head in heads])
         self.own_head = tuple(head is None for head in heads)
-        self.projections = tuple(projections)
+        self.projections = nn.ModuleList(projections)
         self.eval().requires_grad_(False)
 
     @property
@@ -85,7 +69,20 @@ class PathNetwork(nn.Module):
         """Logits and embedding at exit `number` (from 1)."""
         pooled = self.quantized.backbone.pooled(tokens)
         logits = self._logits(number, tokens, pooled)
-        return Answer(logits.float().cpu().numpy(), self.projections[number - 1](pooled))
+        return Answer(logits.float().cpu().numpy(), self.embedding(number, pooled))
+
+    def projection(self, number: int) -> QuantLinear:
+        """What makes embeddings of pooled tokens at exit `number` (from 1)."""
+        projection = self.projections[number - 1]
+        assert isinstance(projection, QuantLinear)  # as they were given
+        return projection
+
+    @torch.inference_mode()
+    def embedding(self, number: int, pooled: Tensor) -> NDArray[np.float32]:
+        """Embedding float32 [n, k] of pooled tokens float [n, f] at exit `number` (from 1)."""
+        projection = self.projection(number)
+        embedding: NDArray[np.float32] = projection(pooled[:, : projection.in_features].float()).cpu().numpy()
+        return embedding
 
     @torch.inference_mode()
     def logits(self, number: int, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 from quee_core.errors import InvalidPathError
 
 FULL_PRECISION = 32
+EMBEDDING_BITS = 8  # of the products that an embedding comes from, and of those that correct an answer by it
 BIT_WIDTHS = (2, 3, 4, 5, 6, 7, 8, FULL_PRECISION)
 
 PolicyName = Literal["uniform", "monotone", "full", "sampled"]

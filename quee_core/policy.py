@@ -41,10 +41,10 @@ class GatePolicy:
         return {gate: self.predict(gate, outcomes) for gate in self.tree.gates}
 
     def macs(self, depth: int, *, projection_macs: int) -> tuple[int, ...]:
-        """Multiply-accumulates of one decision at exits 0 (the root) to `depth` - 1, at full precision.
+        """Multiply-accumulates of one decision at exits 0 (the root) to `depth` - 1, of whatever precision.
 
         The dearest gate of an exit stands for all of it; `projection_macs` are added where a gate uses the
-        embedding, which nothing else needs.
+        embedding.
         """
         dearest = [0] * depth
         for gate, predictor in self.predictors.items():

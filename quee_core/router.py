@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quee_core.cascades import Cascade, look_costs
+from quee_core.corrections import Corrections
 from quee_core.costs import CostTable, path_costs, relative
 from quee_core.errors import InvalidPathError, ShapeMismatchError
 from quee_core.gates import EXIT_NOW, GateTable, check_prices, gate_tables, next_actions
@@ -41,15 +42,18 @@ class Router(nn.Module):
     """Sends every image of a batch along its own path, regrouping the survivors at each gate.
 
     network: runs segments and heads. policy: predicts errors at every gate. table: cost of every piece, the policy's
-    gates included. Decisions are those of `gates.replay` and `Cascade.decide` on the tables, image by image, whatever
-    the batch.
+    gates included. corrections: of the answers of cascades that ask for it. Decisions are those of `gates.replay` and
+    `Cascade.decide` on the tables, image by image, whatever the batch.
     """
 
-    def __init__(self, network: PathNetwork, policy: GatePolicy, table: CostTable) -> None:
+    def __init__(
+        self, network: PathNetwork, policy: GatePolicy, table: CostTable, corrections: Corrections | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.policy = policy
         self.table = table
+        self.corrections = corrections
         tree = policy.tree
         self.costs = relative(path_costs(table, tree.paths, evaluated="every"), table, tree)
         self._tables: Mapping[Path, GateTable] = gate_tables(tree, self.costs)
@@ -59,7 +63,8 @@ class Router(nn.Module):
         """Route preprocessed images float [n, c, h, w] by the gates at a price, or by a cascade.
 
         Raises ConfigError for a price that is negative or not finite, ShapeMismatchError for no images,
-        InvalidPathError for a cascade that looks along a path that is not in the tree.
+        InvalidPathError for a cascade that looks along a path that is not in the tree, or asks for corrections that the
+        router does not have.
         """
         if images.ndim != 4 or len(images) == 0:
             raise ShapeMismatchError(f"images: shape {tuple(images.shape)}; want [n, channels, height, width], n >= 1")
@@ -72,11 +77,11 @@ class Router(nn.Module):
         if absent := [str(look) for look in cascade.looks if look not in index]:
             raise InvalidPathError(f"look {absent[0]}: not a path of the router's tree")
         state = _Answers(len(stem), index)
-        costs = relative(look_costs(self.table, cascade.looks), self.table, self.policy.tree)
+        costs = relative(look_costs(self._look_table(cascade), cascade.looks), self.table, self.policy.tree)
         taken, rows, known = np.zeros(len(stem), np.intp), np.arange(len(stem)), {ROOT: stem}
         for k, look in enumerate(cascade.looks):
             tokens = self._tokens(look, known, cascade.looks[k + 1 :])
-            logits = self.network.logits(look.exit, tokens).float().cpu().numpy()
+            logits = self._logits(look, tokens, corrected=cascade.corrected)
             sure = np.ones(len(rows), bool)
             if k < len(cascade.thresholds):
                 seen = answer_table(look, Answer(logits, np.zeros((len(logits), 1), np.float32)))
@@ -89,6 +94,20 @@ class Router(nn.Module):
             rows, known = rows[~sure], {path: kept[left] for path, kept in known.items()}
         journeys = {index[look]: cascade.journey(k) for k, look in enumerate(cascade.looks)}
         return Routed(state.probabilities.argmax(1), state.probabilities, state.path, costs[taken], journeys)
+
+    def _look_table(self, cascade: Cascade) -> CostTable:
+        if not cascade.corrected:
+            return self.table
+        if self.corrections is None:
+            raise InvalidPathError(f"{cascade}: the router has no corrections")
+        return self.corrections.dearer(self.table)
+
+    def _logits(self, look: Path, tokens: Tensor, *, corrected: bool) -> NDArray[np.float32]:
+        if not corrected or self.corrections is None:
+            logits: NDArray[np.float32] = self.network.logits(look.exit, tokens).float().cpu().numpy()
+            return logits
+        # of what a table would hold, to which corrections were fitted
+        return self.corrections.logits(look, answer_table(look, self.network.answer(look.exit, tokens)))
 
     def _tokens(self, look: Path, known: dict[Path, Tensor], later: Sequence[Path]) -> Tensor:
         """Tokens behind `look`, from the longest known beginning on; `known` is left with what `later` looks share."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.cascades import Cascade, decisions_of, look_costs, trimmed
+from quee_core.corrections import Corrections, fit_corrections
 from quee_core.costs import CostTable, relative
 from quee_core.errors import ShapeMismatchError
 from quee_core.fronts import Decisions, choose_points
@@ -72,6 +73,63 @@ class Shipped:
     accuracy: float
 
 
+@dataclass(frozen=True, eq=False)
+class RuleDecisions:
+    """What rules do with n images.
+
+    decisions: the path that answers each. costs: relative, of being answered by each path, float64 [rules, paths], NaN
+    where a rule does not look. correct: whether the answer is right, bool [rules, n].
+    """
+
+    decisions: Decisions
+    costs: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+    @property
+    def cost(self) -> NDArray[np.float64]:
+        """Mean relative cost of each rule, float64 [rules]."""
+        return np.array([own[choice].mean() for own, choice in zip(self.costs, self.decisions.choice, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectedAnswers:
+    """What uniform paths answer once their heads are corrected, on the images that rules are chosen on.
+
+    table: costs with what corrections add. The images of target and select are answered by corrections that were not
+    fitted on them.
+    """
+
+    corrections: Corrections
+    table: CostTable
+    target: Outcomes
+    select: Outcomes
+    unlabelled: Outcomes | None
+
+    @classmethod
+    def of(
+        cls,
+        table: CostTable,
+        target: Outcomes,
+        select: Outcomes,
+        unlabelled: Outcomes | None,
+        classes: int,
+        seed: int,
+        *,
+        projection_macs: int,
+    ) -> "CorrectedAnswers | None":
+        """Corrected by the labels of `target` and `select`; None where cost is time, for that of corrections is not
+        measured. See `fit_corrections`.
+        """
+        if table.unit != "bitops":
+            return None
+        uniform = [path for path in target.paths if path.is_uniform]
+        corrections, (on_target, on_select) = fit_corrections(
+            (target, select), uniform, classes, seed, projection_macs=projection_macs
+        )
+        more = None if unlabelled is None else corrections.corrected(unlabelled)
+        return cls(corrections, corrections.dearer(table), on_target, on_select, more)
+
+
 def choose_rules(
     table: CostTable,
     tree: PathTree,
@@ -82,20 +140,23 @@ def choose_rules(
     seed: int,
     *,
     unlabelled: Outcomes | None = None,
+    corrected: CorrectedAnswers | None = None,
     max_looks: int = MAX_LOOKS,
     teacher_share: float = TEACHER_SHARE,
 ) -> tuple[Shipped, ...]:
     """The rules that ship, by ascending cost; the cheapest static path is the first unless another dominates it.
 
     table: costs in any unit, gates free. gates: None to leave them out. prices: λ ≥ 0. unlabelled: images on which the
-    teacher alone judges. max_looks: 1 leaves ladders alone. teacher_share: how much of an error is the teacher's
-    opinion, where there is a label. Thresholds are tuned on `target`, `select` and `unlabelled` together; which rule
-    wins at a price is seen in cross-validation, or for the gates, whose predictors were fitted on `target`, on
-    `select`. The full path is the last, unless another rule is clearly more accurate: that fewer bits are as good is
-    more than so few images can show. Which looks make a cascade was searched for on all of these images, and the gates'
-    training was stopped, and their grid ranked, on `select`: a favour to both that the standard errors outweigh. Rules
-    that time-sharing among others beats are dropped, by what each gives where it was tuned: all are flattered alike
-    there, and cross-validation's noise would drop good ones.
+    teacher alone judges. corrected: answers with which ladders and cascades compete, too. max_looks: 1 leaves ladders
+    alone. teacher_share: how much of an error is the teacher's opinion, where there is a label.
+
+    Thresholds are tuned on `target`, `select` and `unlabelled` together; which rule wins at a price is seen in
+    cross-validation, or for the gates, whose predictors were fitted on `target`, on `select`. The full path is the
+    last, unless another rule is clearly more accurate: that fewer bits are as good is more than so few images can show.
+    Which looks make a cascade was searched for on all of these images, and the gates' training was stopped, and their
+    grid ranked, on `select`: a favour to both that the standard errors outweigh. Rules that time-sharing among others
+    beats are dropped, by what each gives where it was tuned: all are flattered alike there, and cross-validation's
+    noise would drop good ones.
     Raises ConfigError for bad prices, ShapeMismatchError where the gates' prices are not `prices`.
     """
     grid = check_prices(prices)
@@ -104,11 +165,17 @@ def choose_rules(
     picked = np.unique(np.linspace(0, len(grid) - 1, min(MAX_PRICES, len(grid))).round().astype(int))
     outcomes = Outcomes.joined_answers([*([unlabelled] if unlabelled is not None else []), target, select])
     contest = _Contest.of(table, tree, outcomes, grid[picked], seed, teacher_share)
-    simple = [_Contestant((path,), SEARCHED_WITH) for path in contest.uniform]
-    simple += [_Contestant(ladder, measure) for ladder in contest.ladders for measure in CONFIDENCES]
-    trials = [contest.trial(each, range(len(picked))) for each in simple]
+    trials = contest.simple_trials()
     others = [contest.trial(each, at) for each, at in contest.search(max_looks).items()]
-    points = [contest.winner(k, trials, others) for k in range(len(picked))]
+    if corrected is not None:
+        more = [
+            *([corrected.unlabelled] if corrected.unlabelled is not None else []),
+            corrected.target,
+            corrected.select,
+        ]
+        again = contest.of_corrected(corrected.table, Outcomes.joined_answers(more), teacher_share)
+        others += again.simple_trials() + [again.trial(each, at) for each, at in again.search(max_looks).items()]
+    points = [_winner(k, trials, others) for k in range(len(picked))]
     if gates is not None:
         wrong, image = contest.errors[-select.images :], np.arange(select.images)
         points = [
@@ -133,27 +200,45 @@ def rule_decisions(
     tree: PathTree,
     outcomes: Outcomes,
     gates: GateFront | None = None,
+    corrections: Corrections | None = None,
     *,
     method: str = "quee",
-) -> tuple[Decisions, NDArray[np.float64]]:
-    """What the shipped rules do with each image, and what answering by each path costs, float64 [rules, paths].
+) -> RuleDecisions:
+    """What the shipped rules do with each image.
 
-    gates: the gates' rule on the same `outcomes`, at least at the prices of the shipped gate rules. Raises
-    ShapeMismatchError for a gate rule without them.
+    gates: the gates' rule on the same `outcomes`, at least at the prices of the shipped gate rules. corrections: of the
+    answers of rules that ask for corrected ones. Raises ShapeMismatchError for a rule without what it needs.
     """
     choice = np.empty((len(shipped), outcomes.images), np.int16)
     costs = np.full((len(shipped), len(tree.paths)), np.nan)
+    wrong, image = np.empty(choice.shape, bool), np.arange(outcomes.images)
+    corrected = None
+    if any(isinstance(p.rule, Cascade) and p.rule.corrected for p in shipped) and corrections is not None:
+        corrected = corrections.corrected(outcomes)
     for k, point in enumerate(shipped):
-        if isinstance(point.rule, Cascade):
-            own = relative(look_costs(table, point.rule.looks), table, tree)
-            choice[k], costs[k] = decisions_of(point.rule, own, outcomes, tree.index)
-        elif gates is None:
-            raise ShapeMismatchError(f"{point.rule}: no decisions of the gates")
-        else:
+        seen = outcomes
+        if isinstance(point.rule, GateRule):
+            if gates is None:
+                raise ShapeMismatchError(f"{point.rule}: no decisions of the gates")
             choice[k] = gates.decisions.choice[gates.decisions.prices.index(point.rule.price)]
             costs[k] = gates.costs
+        else:
+            priced = table
+            if point.rule.corrected:
+                if corrected is None or corrections is None:
+                    raise ShapeMismatchError(f"{point.rule}: no corrections of its answers")
+                seen, priced = corrected, corrections.dearer(table)
+            own = relative(look_costs(priced, point.rule.looks), table, tree)
+            choice[k], costs[k] = decisions_of(point.rule, own, seen, tree.index)
+        wrong[k] = seen.errors[image, _columns(seen, tree)[choice[k]]]
     settings, prices = tuple(str(p.rule) for p in shipped), tuple(p.price for p in shipped)
-    return Decisions(method, "quee", settings, prices, choice), costs
+    return RuleDecisions(Decisions(method, "quee", settings, prices, choice), costs, ~wrong)
+
+
+def _columns(outcomes: Outcomes, tree: PathTree) -> NDArray[np.intp]:
+    """Where `outcomes` have each of the tree's paths, intp [paths]; -1 for one that they have not."""
+    known = {path: k for k, path in enumerate(outcomes.paths)}
+    return np.array([known.get(path, -1) for path in tree.paths])
 
 
 @dataclass(frozen=True)
@@ -166,10 +251,12 @@ class _Contestant:
 class _Trial:
     """A contestant at the prices of positions `at`: tuned on all images, judged by what it did in cross-validation.
 
+    of: where it did so.
     rules: as tuned on all images. tuned: mean cost and mean error that they give there. taken: the look that answered
     each image in cross-validation, int8 [n]. loss: mean error + λ cost of that. All by position of the price.
     """
 
+    of: "_Contest"
     contestant: _Contestant
     rules: dict[int, Cascade]
     tuned: dict[int, tuple[float, float]]
@@ -211,7 +298,8 @@ class _Point:
 class _Contest:
     """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
 
-    errors, weighed: of every path's answer, float64 [n, P], image by image and for means (`teacher.judged_errors`).
+    outcomes: answers, of all paths, or corrected, of uniform ones. errors, weighed: of each, float64 [n, P], image by
+    image and for means (`teacher.judged_errors`); uncorrected answers teach who judges corrected ones too.
     """
 
     table: CostTable
@@ -221,6 +309,7 @@ class _Contest:
     weighed: NDArray[np.float64]
     prices: NDArray[np.float64]
     fold: NDArray[np.int64]
+    dearer: CostTable | None = None
 
     @classmethod
     def of(
@@ -236,6 +325,12 @@ class _Contest:
         uniform = [path for path in tree.paths if path.is_uniform]
         errors, weighed = judged_errors(outcomes, uniform, fold, teacher_share)
         return cls(table, tree, outcomes, errors, weighed, prices, fold)
+
+    def of_corrected(self, table: CostTable, outcomes: Outcomes, teacher_share: float) -> "_Contest":
+        """The same images with corrected answers, which cost what `table` says."""
+        uniform = [path for path in self.tree.paths if path.is_uniform]
+        judged = judged_errors(self.outcomes, uniform, self.fold, teacher_share, judged=outcomes)
+        return _Contest(self.table, self.tree, outcomes, *judged, self.prices, self.fold, dearer=table)
 
     @cached_property
     def uniform(self) -> list[Path]:
@@ -256,7 +351,7 @@ class _Contest:
         return [self.tree.ladder(bits) for bits in self.tree.bits]
 
     def costs_of(self, looks: tuple[Path, ...]) -> NDArray[np.float64]:
-        return relative(look_costs(self.table, looks), self.table, self.tree)
+        return relative(look_costs(self.dearer or self.table, looks), self.table, self.tree)
 
     def search(self, max_looks: int) -> dict[_Contestant, list[int]]:
         """The cascades that do best where they are tuned, and at which prices each is among the best.
@@ -277,6 +372,12 @@ class _Contest:
             kept = [each.looks for each in best]
         return best
 
+    def simple_trials(self) -> list[_Trial]:
+        """Static paths and ladders, at every price."""
+        simple = [_Contestant((path,), SEARCHED_WITH) for path in self.uniform]
+        simple += [_Contestant(ladder, measure) for ladder in self.ladders for measure in CONFIDENCES]
+        return [self.trial(each, range(len(self.prices))) for each in simple]
+
     def trial(self, contestant: _Contestant, at: Sequence[int]) -> _Trial:
         """Tune and judge `contestant` at the prices of positions `at`."""
         prices = self.prices[list(at)]
@@ -293,41 +394,20 @@ class _Contest:
         shown = zip(costs[tuned].mean(axis=1).tolist(), _mean_errors(tuned, errors).tolist(), strict=True)
         loss = _mean_losses(taken, errors, costs, prices)
         return _Trial(
+            self,
             contestant,
-            {k: trimmed(contestant.looks, contestant.measure, v.tolist()) for k, v in zip(at, thresholds, strict=True)},
+            {
+                k: trimmed(contestant.looks, contestant.measure, v.tolist(), corrected=self.dearer is not None)
+                for k, v in zip(at, thresholds, strict=True)
+            },
             dict(zip(at, shown, strict=True)),
             dict(zip(at, taken, strict=True)),
             dict(zip(at, loss.tolist(), strict=True)),
         )
 
-    def winner(self, k: int, simple: Sequence[_Trial], others: Sequence[_Trial]) -> _Point:
-        """The best simple rule at price k, or the best of the others where it is clearly better."""
-        best = self._point(min(simple, key=lambda trial: trial.loss[k]), k)
-        if challengers := [trial for trial in others if k in trial.loss]:
-            challenger = self._point(min(challengers, key=lambda trial: trial.loss[k]), k)
-            if challenger.clearly_better_than(best, float(self.prices[k])):
-                return challenger
-        return best
-
     def static(self, simple: Sequence[_Trial], path: Path, k: int) -> _Point:
         """A uniform path for all images, at price k."""
-        return self._point(next(trial for trial in simple if trial.contestant.looks == (path,)), k)
-
-    def _point(self, trial: _Trial, k: int) -> _Point:
-        looks = np.array([self.tree.index[path] for path in trial.contestant.looks])
-        taken = trial.taken[k].astype(np.intp)
-        image, answer = np.arange(len(taken)), looks[taken]
-        wrong, (cost, error) = self.errors[image, answer], trial.tuned[k]
-        return _Point(
-            rule=trial.rules[k],
-            price=float(self.prices[k]),
-            costs=self.costs_of(trial.contestant.looks)[taken],
-            wrong=wrong,
-            weighed=self.weighed[image, answer],
-            cost=cost,
-            tuned_accuracy=1 - error,
-            accuracy=1 - float(wrong.mean()),
-        )
+        return _point(next(trial for trial in simple if trial.contestant.looks == (path,)), k)
 
     def _best(self, found: dict[_Contestant, NDArray[np.float64]]) -> dict[_Contestant, list[int]]:
         each = list(found)
@@ -346,9 +426,37 @@ class _Contest:
 
     def _seen(self, contestant: _Contestant) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
-        positions = [self.tree.index[path] for path in contestant.looks]
+        positions = [self.outcomes.position(path) for path in contestant.looks]
         confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
         return self.errors[:, positions], confidence, self.costs_of(contestant.looks)
+
+
+def _winner(k: int, simple: Sequence[_Trial], others: Sequence[_Trial]) -> _Point:
+    """The best simple rule at price k, or the best of the others where it is clearly better."""
+    best = _point(min(simple, key=lambda trial: trial.loss[k]), k)
+    if challengers := [trial for trial in others if k in trial.loss]:
+        challenger = _point(min(challengers, key=lambda trial: trial.loss[k]), k)
+        if challenger.clearly_better_than(best, float(simple[0].of.prices[k])):
+            return challenger
+    return best
+
+
+def _point(trial: _Trial, k: int) -> _Point:
+    contest = trial.of
+    looks = np.array([contest.outcomes.position(path) for path in trial.contestant.looks])
+    taken = trial.taken[k].astype(np.intp)
+    image, answer = np.arange(len(taken)), looks[taken]
+    wrong, (cost, error) = contest.errors[image, answer], trial.tuned[k]
+    return _Point(
+        rule=trial.rules[k],
+        price=float(contest.prices[k]),
+        costs=contest.costs_of(trial.contestant.looks)[taken],
+        wrong=wrong,
+        weighed=contest.weighed[image, answer],
+        cost=cost,
+        tuned_accuracy=1 - error,
+        accuracy=1 - float(wrong.mean()),
+    )
 
 
 def _mean_losses(

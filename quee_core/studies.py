@@ -15,9 +15,10 @@ from quee_core.baselines import PolicyPair
 from quee_core.clusters import cluster
 from quee_core.comparison import outcomes_key, run_outcomes
 from quee_core.config import SweepConfig, parse_config
+from quee_core.corrections import Corrections
 from quee_core.deployment import OperatingPoint, RouterManifest, load_policy
 from quee_core.errors import ConfigError
-from quee_core.evaluation import MeasuredFront, PricedTree, gate_decisions, measure, measured, share_rows
+from quee_core.evaluation import MeasuredFront, PricedTree, gate_decisions, measure, share_rows
 from quee_core.fronts import wilson_interval
 from quee_core.gate_costs import gate_bitops
 from quee_core.grid import FEATURES, Discretisation, GateFit, GridPoint, assemble, grid_points, targets_of
@@ -98,6 +99,7 @@ class FinishedTables:
     manifest: RouterManifest
     policy: GatePolicy
     projection_macs: int
+    corrections: Corrections | None
     target: Outcomes
     select: Outcomes
     test: Outcomes
@@ -108,10 +110,11 @@ class FinishedTables:
         """Those of the run in `folder`. Raises StoreError where they are gone, ConfigError for settings of another
         version.
         """
-        policy, exits, manifest = load_policy(router_folder(folder))
+        policy, exits, corrections, manifest = load_policy(router_folder(folder))
         config = parse_config(record.config, source=f"{folder}: settings in its record")
         key = outcomes_key(folder, "target") + outcomes_key(folder, "select")
-        return cls(record, config, manifest, policy, exits.projection_macs, *run_outcomes(folder), key)
+        outcomes = run_outcomes(folder)
+        return cls(record, config, manifest, policy, exits.projection_macs, corrections, *outcomes, key)
 
     @property
     def tree(self) -> PathTree:
@@ -156,8 +159,11 @@ def class_shares(tables: FinishedTables, point: OperatingPoint) -> tuple[ShareRo
     if isinstance(rule, GateRule):
         decisions = gate_decisions(tables.policy, tables.costs, np.array([rule.price]), tables.test)
         gates = GateFront(decisions, tables.costs)
-    chosen, costs = rule_decisions([point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates)
-    return share_rows(measured(chosen, tables.test.errors, costs), tables.tree, tables.test, tables.record.class_names)
+    ours = rule_decisions(
+        [point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates, tables.corrections
+    )
+    front = MeasuredFront(ours.decisions, ours.cost, ours.correct)
+    return share_rows(front, tables.tree, tables.test, tables.record.class_names)
 
 
 def walk_of_image(tables: FinishedTables, price: float, sample_id: int | None = None) -> tuple[Walk, int]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core import __version__
+from quee_core.corrections import Corrections
 from quee_core.costs import CostTable, Macs, backbone_macs
 from quee_core.errors import NumericError
 from quee_core.evaluation import (
@@ -106,6 +107,7 @@ def summarise(
     winner: Winner,
     winner_gates: tuple[Sequence[float], Sequence[float]],
     shipped: Sequence[Shipped],
+    corrections: Corrections | None,
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
     device: str,
@@ -113,14 +115,16 @@ def summarise(
     """The record of a sweep, without timings.
 
     tables: BitOps and milliseconds; winner_gates: the winner's gates in both. shipped: the rules of quee's front.
-    outcomes: target, select and test.
+    corrections: of their answers. outcomes: target, select and test.
     """
     config, settings = plan.config, plan.config.evaluation
     target, _, test = outcomes
     prices = config.prices.grid()
     low = float(priced.final.min())
     classes = plan.dataset.description.classes
-    fronts = all_fronts(winner.policy, winner.gates, shipped, priced, outcomes, prices, len(classes), settings)
+    fronts = all_fronts(
+        winner.policy, winner.gates, shipped, priced, outcomes, prices, len(classes), settings, corrections
+    )
     budgets = budget_rows(fronts, settings, low)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[plan.tree.full_path]].mean())
     wanted = {

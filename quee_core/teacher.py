@@ -34,8 +34,11 @@ class _Evidence:
     truth: NDArray[np.intp]
 
 
-def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Probability that each path's answer is wrong, float64 [n, P], aligned with `outcomes.paths`.
+def error_probabilities(
+    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], *, judged: Outcomes | None = None
+) -> NDArray[np.float64]:
+    """Probability that each path's answer is wrong, float64 [n, P], aligned with `outcomes.paths`, or with the paths of
+    `judged`, other answers to the same images.
 
     The teacher is the product of what `paths` say, each raised to a weight of its own, normalised; the weights are
     fitted to labels. It judges the images of each fold by weights fitted on the other folds. paths: the last one, the
@@ -57,15 +60,21 @@ def error_probabilities(outcomes: Outcomes, paths: Sequence[Path], fold: NDArray
         weights = _fit(evidence.log_p[known], evidence.truth[known])
         believed[held] = share * softmax(np.einsum("npk,p->nk", evidence.log_p[held], weights), axis=1)
         elsewhere[held] = (1 - share) / max(1, classes - named)
-    wrong = np.empty(outcomes.errors.shape)
-    for k in range(len(outcomes.paths)):
-        same = evidence.classes == outcomes.predicted[:, k, None]
+    predicted = (outcomes if judged is None else judged).predicted
+    wrong = np.empty(predicted.shape)
+    for k in range(predicted.shape[1]):
+        same = evidence.classes == predicted[:, k, None]
         wrong[:, k] = 1 - np.where(same.any(axis=1), (believed * same).sum(axis=1), elsewhere)
     return np.clip(wrong, 0.0, 1.0)
 
 
 def judged_errors(
-    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], teacher_share: float
+    outcomes: Outcomes,
+    paths: Sequence[Path],
+    fold: NDArray[np.int64],
+    teacher_share: float,
+    *,
+    judged: Outcomes | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Errors of every path's answers as labels and the teacher together tell them: image by image, and for means.
 
@@ -73,15 +82,15 @@ def judged_errors(
     with the rest, or the teacher's alone where there is no label; in [0, 1]. In the second, what labels say beyond the
     teacher stands for all images, those without included: a mean over images is as free of the teacher's bias as if
     all had labels (prediction-powered inference: Angelopoulos et al., Science 382, 2023). Single values may lie outside
-    [0, 1]. Where all images have labels both are the same. paths, fold: see `error_probabilities`, which also says
-    what is raised.
+    [0, 1]. Where all images have labels both are the same. paths, fold, judged: see `error_probabilities`, which also
+    says what is raised.
     """
-    known = outcomes.labels != UNKNOWN_LABEL
+    known, answers = outcomes.labels != UNKNOWN_LABEL, outcomes if judged is None else judged
     if not teacher_share and known.all():
-        errors = outcomes.errors.astype(np.float64)
+        errors = answers.errors.astype(np.float64)
         return errors, errors
-    believed = error_probabilities(outcomes, paths, fold)
-    surprise = np.where(known[:, None], (1 - teacher_share) * (outcomes.errors - believed), 0.0)
+    believed = error_probabilities(outcomes, paths, fold, judged=judged)
+    surprise = np.where(known[:, None], (1 - teacher_share) * (answers.errors - believed), 0.0)
     return believed + surprise, believed + surprise / max(known.mean(), 1 / len(known))
 
 

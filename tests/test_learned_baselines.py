@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from quee_core.baselines import BASELINES, BaselineData
-from quee_core.baselines.answers import answered, confidences, label_losses, log_probabilities
+from quee_core.baselines.answers import answered, confidences, label_losses
 from quee_core.baselines.boosted import boosted_answers
 from quee_core.baselines.eefp import exits_that_pay, failure_predictors, predicted_failures
 from quee_core.baselines.eenet import ExitScores, thresholds_within
@@ -24,6 +24,7 @@ from quee_core.baselines.l2w import Corrections, Seen, image_shares, train_corre
 from quee_core.baselines.ladders import stored_answers
 from quee_core.baselines.maqee import DELTA, certified_candidates, loss_bound, tuned_candidates
 from quee_core.config import BaselineName, EvaluationConfig, parse_config
+from quee_core.corrections import log_probabilities
 from quee_core.errors import ConfigError, ShapeMismatchError
 from quee_core.evaluation import measure
 from quee_core.fronts import Decisions

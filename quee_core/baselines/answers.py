@@ -6,26 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from quee_core.tables import Outcomes
 from quee_core.thresholds import CONFIDENCES
-
-LEAST_PROBABILITY = 2.0**-24  # the smallest that float16 tables hold
-
-
-def log_probabilities(
-    outcomes: Outcomes, position: int, classes: int, rows: NDArray[np.intp] | slice = slice(None)
-) -> NDArray[np.float32]:
-    """Logits, up to a constant an image, of the path at `position`: float32 [n, classes], of all images or of `rows`.
-
-    Of more than 16 classes, those that the table does not name share what the named ones leave. Probabilities are as
-    exact as float16, and none is below `LEAST_PROBABILITY`.
-    """
-    said = outcomes.top_p[rows, position].astype(np.float32)
-    unsaid = np.maximum(1 - said.sum(axis=1), 0) / max(1, classes - said.shape[1])
-    p = np.repeat(unsaid[:, None], classes, axis=1)
-    np.put_along_axis(p, outcomes.top_class[rows, position].astype(np.intp), said, axis=1)
-    log_p: NDArray[np.float32] = np.log(np.maximum(p, np.float32(LEAST_PROBABILITY)))
-    return log_p
 
 
 def label_losses(log_p: NDArray[np.float32], labels: NDArray[np.int16]) -> NDArray[np.float32]:

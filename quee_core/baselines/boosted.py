@@ -9,9 +9,10 @@ ones before it leave unexplained; here both are frozen, and each head was traine
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.baselines.answers import answered, confidences, log_probabilities
+from quee_core.baselines.answers import answered, confidences
 from quee_core.baselines.data import BaselineData, PolicyPair
 from quee_core.baselines.ladders import LadderAnswers, LadderPolicy, ladder_pair, replaced_errors, threshold_policies
+from quee_core.corrections import log_probabilities
 from quee_core.tables import Outcomes
 from quee_core.thresholds import CONFIDENCES
 

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from quee_core.baselines.answers import label_losses, log_probabilities
+from quee_core.baselines.answers import label_losses
 from quee_core.baselines.data import BaselineData, PolicyPair, thinned
 from quee_core.baselines.exit_features import Regression, uncertainty_of
 from quee_core.baselines.ladders import LadderPolicy, ladder_pair
+from quee_core.corrections import log_probabilities
 from quee_core.fixed_point import sigmoid
 from quee_core.predictors.base import prior_logits
 from quee_core.tables import Outcomes

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from quee_core.baselines.answers import answered, confidences, log_probabilities
+from quee_core.baselines.answers import answered, confidences
 from quee_core.baselines.data import BaselineData, PolicyPair
 from quee_core.baselines.ladders import LadderAnswers, LadderPolicy, ladder_pair, replaced_errors, threshold_policies
+from quee_core.corrections import log_probabilities
 from quee_core.tables import Outcomes
 from quee_core.thresholds import CONFIDENCES
 

@@ -230,8 +230,11 @@ def root2_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None 
 
 def relative_attention(samples: AttentionSamples, bits: int, wanted: Tensor | None = None) -> RelativeQuantizers:
     """The same where weights are normalised behind the product."""
-    candidates = softmax_quantizers(bits)
-    return RelativeQuantizers(*least_error_operands(samples, bits, candidates, _relative, _normalised, wanted))
+    tokens = samples.key.shape[1]  # weights up to 1 each: their sums grow with them
+    candidates = list(softmax_quantizers(bits))
+    # an exact float32 product is worth more than the last bit of error
+    quick = [candidate for candidate in candidates if tokens * candidate.largest * 2**bits <= EXACT]
+    return RelativeQuantizers(*least_error_operands(samples, bits, quick or candidates, _relative, _normalised, wanted))
 
 
 def least_error_operands(
