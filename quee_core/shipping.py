@@ -129,6 +129,10 @@ class CorrectedAnswers:
         more = None if unlabelled is None else corrections.corrected(unlabelled)
         return cls(corrections, corrections.dearer(table), on_target, on_select, more)
 
+    def joined(self) -> Outcomes:
+        """The answers to all images, in the order in which `choose_rules` takes them."""
+        return _joined(self.unlabelled, self.target, self.select)
+
 
 def choose_rules(
     table: CostTable,
@@ -163,18 +167,14 @@ def choose_rules(
     if gates is not None and gates.decisions.prices != tuple(grid.tolist()):
         raise ShapeMismatchError(f"gates: {len(gates.decisions.prices)} prices that are not the {len(grid)} given")
     picked = np.unique(np.linspace(0, len(grid) - 1, min(MAX_PRICES, len(grid))).round().astype(int))
-    outcomes = Outcomes.joined_answers([*([unlabelled] if unlabelled is not None else []), target, select])
-    contest = _Contest.of(table, tree, outcomes, grid[picked], seed, teacher_share)
+    outcomes = _joined(unlabelled, target, select)
+    again = None if corrected is None else (corrected.joined(), corrected.table)
+    contest, set_right = _Contest.both(table, tree, outcomes, grid[picked], seed, teacher_share, again)
     trials = contest.simple_trials()
     others = [contest.trial(each, at) for each, at in contest.search(max_looks).items()]
-    if corrected is not None:
-        more = [
-            *([corrected.unlabelled] if corrected.unlabelled is not None else []),
-            corrected.target,
-            corrected.select,
-        ]
-        again = contest.of_corrected(corrected.table, Outcomes.joined_answers(more), teacher_share)
-        others += again.simple_trials() + [again.trial(each, at) for each, at in again.search(max_looks).items()]
+    if set_right is not None:
+        others += set_right.simple_trials()
+        others += [set_right.trial(each, at) for each, at in set_right.search(max_looks).items()]
     points = [_winner(k, trials, others) for k in range(len(picked))]
     if gates is not None:
         wrong, image = contest.errors[-select.images :], np.arange(select.images)
@@ -233,6 +233,10 @@ def rule_decisions(
         wrong[k] = seen.errors[image, _columns(seen, tree)[choice[k]]]
     settings, prices = tuple(str(p.rule) for p in shipped), tuple(p.price for p in shipped)
     return RuleDecisions(Decisions(method, "quee", settings, prices, choice), costs, ~wrong)
+
+
+def _joined(unlabelled: Outcomes | None, target: Outcomes, select: Outcomes) -> Outcomes:
+    return Outcomes.joined_answers([*([] if unlabelled is None else [unlabelled]), target, select])
 
 
 def _columns(outcomes: Outcomes, tree: PathTree) -> NDArray[np.intp]:
@@ -299,7 +303,7 @@ class _Contest:
     """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
 
     outcomes: answers, of all paths, or corrected, of uniform ones. errors, weighed: of each, float64 [n, P], image by
-    image and for means (`teacher.judged_errors`); uncorrected answers teach who judges corrected ones too.
+    image and for means (`teacher.judged_errors`).
     """
 
     table: CostTable
@@ -312,7 +316,7 @@ class _Contest:
     dearer: CostTable | None = None
 
     @classmethod
-    def of(
+    def both(
         cls,
         table: CostTable,
         tree: PathTree,
@@ -320,17 +324,24 @@ class _Contest:
         prices: NDArray[np.float64],
         seed: int,
         teacher_share: float,
-    ) -> "_Contest":
+        corrected: tuple[Outcomes, CostTable] | None,
+    ) -> "tuple[_Contest, _Contest | None]":
+        """With the answers of the tables, and with corrected ones, in the eyes of a teacher who has seen them all.
+
+        corrected: answers to the same images, and their costs.
+        """
         fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
         uniform = [path for path in tree.paths if path.is_uniform]
-        errors, weighed = judged_errors(outcomes, uniform, fold, teacher_share)
-        return cls(table, tree, outcomes, errors, weighed, prices, fold)
-
-    def of_corrected(self, table: CostTable, outcomes: Outcomes, teacher_share: float) -> "_Contest":
-        """The same images with corrected answers, which cost what `table` says."""
-        uniform = [path for path in self.tree.paths if path.is_uniform]
-        judged = judged_errors(self.outcomes, uniform, self.fold, teacher_share, judged=outcomes)
-        return _Contest(self.table, self.tree, outcomes, *judged, self.prices, self.fold, dearer=table)
+        others = None if corrected is None else corrected[0]
+        judged = judged_errors(outcomes, uniform, fold, teacher_share, others=others)
+        (errors, others_errors), (weighed, others_weighed) = (
+            np.split(each, [len(outcomes.paths)], axis=1) for each in judged
+        )
+        plain = cls(table, tree, outcomes, errors, weighed, prices, fold)
+        if corrected is None:
+            return plain, None
+        answers, dearer = corrected
+        return plain, cls(table, tree, answers, others_errors, others_weighed, prices, fold, dearer=dearer)
 
     @cached_property
     def uniform(self) -> list[Path]:

@@ -35,21 +35,24 @@ class _Evidence:
 
 
 def error_probabilities(
-    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], *, judged: Outcomes | None = None
+    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], *, others: Outcomes | None = None
 ) -> NDArray[np.float64]:
-    """Probability that each path's answer is wrong, float64 [n, P], aligned with `outcomes.paths`, or with the paths of
-    `judged`, other answers to the same images.
+    """Probability that each path's answer is wrong, float64 [n, P], aligned with `outcomes.paths`, then with those of
+    `others`, more answers to the same images.
 
-    The teacher is the product of what `paths` say, each raised to a weight of its own, normalised; the weights are
-    fitted to labels. It judges the images of each fold by weights fitted on the other folds. paths: the last one, the
-    most accurate, names the classes that are told apart, as many as tables hold; all others share the frequency at
-    which the label is none of them. fold: int [n]. Images without a label are judged as all others are.
-    Raises ShapeMismatchError for a path without a table, or folds of other images.
+    The teacher is the product of what `paths` and all of `others` say, each raised to a weight of its own, normalised;
+    the weights are fitted to labels. It judges the images of each fold by weights fitted on the other folds. paths: the
+    last one, the most accurate, names the classes that are told apart, as many as tables hold; all others share the
+    frequency at which the label is none of them. fold: int [n]. Images without a label are judged as all others are.
+    Raises ShapeMismatchError for a path without a table, folds or other answers of other images.
     """
     if fold.shape != (outcomes.images,):
         raise ShapeMismatchError(f"folds {fold.shape} of {outcomes.images} images")
-    classes = _class_count(outcomes)
-    evidence = _evidence(outcomes, paths, classes)
+    given = [outcomes] if others is None else [outcomes, others]
+    if others is not None and not np.array_equal(others.labels, outcomes.labels):
+        raise ShapeMismatchError(f"answers to {others.images} other images than the {outcomes.images}")
+    classes = max(map(_class_count, given))
+    evidence = _evidence(outcomes, paths, classes, others)
     named = evidence.classes.shape[1]
     believed, elsewhere = np.empty(evidence.classes.shape), np.empty(outcomes.images)
     for number in np.unique(fold):
@@ -60,7 +63,7 @@ def error_probabilities(
         weights = _fit(evidence.log_p[known], evidence.truth[known])
         believed[held] = share * softmax(np.einsum("npk,p->nk", evidence.log_p[held], weights), axis=1)
         elsewhere[held] = (1 - share) / max(1, classes - named)
-    predicted = (outcomes if judged is None else judged).predicted
+    predicted = np.concatenate([answers.predicted for answers in given], axis=1)
     wrong = np.empty(predicted.shape)
     for k in range(predicted.shape[1]):
         same = evidence.classes == predicted[:, k, None]
@@ -74,7 +77,7 @@ def judged_errors(
     fold: NDArray[np.int64],
     teacher_share: float,
     *,
-    judged: Outcomes | None = None,
+    others: Outcomes | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Errors of every path's answers as labels and the teacher together tell them: image by image, and for means.
 
@@ -82,25 +85,26 @@ def judged_errors(
     with the rest, or the teacher's alone where there is no label; in [0, 1]. In the second, what labels say beyond the
     teacher stands for all images, those without included: a mean over images is as free of the teacher's bias as if
     all had labels (prediction-powered inference: Angelopoulos et al., Science 382, 2023). Single values may lie outside
-    [0, 1]. Where all images have labels both are the same. paths, fold, judged: see `error_probabilities`, which also
-    says what is raised.
+    [0, 1]. Where all images have labels both are the same. paths, fold, others: see `error_probabilities`, which also
+    says how columns are aligned, and what is raised.
     """
-    known, answers = outcomes.labels != UNKNOWN_LABEL, outcomes if judged is None else judged
+    known, given = outcomes.labels != UNKNOWN_LABEL, [outcomes] if others is None else [outcomes, others]
+    errors = np.concatenate([answers.errors for answers in given], axis=1).astype(np.float64)
     if not teacher_share and known.all():
-        errors = answers.errors.astype(np.float64)
         return errors, errors
-    believed = error_probabilities(outcomes, paths, fold, judged=judged)
-    surprise = np.where(known[:, None], (1 - teacher_share) * (answers.errors - believed), 0.0)
+    believed = error_probabilities(outcomes, paths, fold, others=others)
+    surprise = np.where(known[:, None], (1 - teacher_share) * (errors - believed), 0.0)
     return believed + surprise, believed + surprise / max(known.mean(), 1 / len(known))
 
 
-def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int) -> _Evidence:
-    positions = [outcomes.position(path) for path in paths]
-    classes = outcomes.top_class[:, positions[-1]]
+def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int, others: Outcomes | None) -> _Evidence:
+    heard = [(outcomes, outcomes.position(path)) for path in paths]
+    classes = outcomes.top_class[:, heard[-1][1]]
+    heard += [] if others is None else [(others, position) for position in range(len(others.paths))]
     columns = []
-    for position in positions:
-        said = outcomes.top_p[:, position].astype(np.float64)
-        same = outcomes.top_class[:, position, :, None] == classes[:, None, :]  # [n, said, named]
+    for answers, position in heard:
+        said = answers.top_p[:, position].astype(np.float64)
+        same = answers.top_class[:, position, :, None] == classes[:, None, :]  # [n, said, named]
         unsaid = np.maximum(1 - said.sum(axis=1), 0) / max(1, count - said.shape[1])
         p = np.where(same.any(axis=1), (said[:, :, None] * same).sum(axis=1), unsaid[:, None])
         columns.append(np.log(np.maximum(p, LEAST_PROBABILITY)))

@@ -11,8 +11,8 @@ from quee_core.cascades import Cascade, look_costs
 from quee_core.costs import CostTable, path_costs, relative
 from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.errors import ConfigError, ShapeMismatchError
-from quee_core.evaluation import measure, measured
-from quee_core.fronts import Decisions, hypervolume_per_image, operating_points
+from quee_core.evaluation import measure
+from quee_core.fronts import Decisions, hypervolume_per_image
 from quee_core.paths import PathTree
 from quee_core.shipping import GateFront, GateRule, Shipped, choose_rules, rule_decisions
 from quee_core.tables import Outcomes
@@ -55,9 +55,7 @@ def test_the_same_images_give_the_same_rules() -> None:
 
 def test_it_begins_at_the_cheapest_path() -> None:
     static = relative(path_costs(CHEAP_STEM, TREE.paths, evaluated="final"), CHEAP_STEM, TREE)
-    decisions, costs = rule_decisions(chosen(), CHEAP_STEM, TREE, TEST)
-    cost, _ = operating_points(decisions, TEST.errors, costs)
-    assert cost[0] == static.min()
+    assert rule_decisions(chosen(), CHEAP_STEM, TREE, TEST).cost[0] == static.min()
 
 
 def test_prices_fall_as_costs_rise() -> None:
@@ -68,13 +66,13 @@ def test_prices_fall_as_costs_rise() -> None:
 
 def test_costs_are_those_of_the_looks() -> None:
     shipped = chosen()
-    decisions, costs = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
+    ours = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
     for k, entry in enumerate(shipped):
         assert isinstance(entry.rule, Cascade)
         own = relative(look_costs(CHEAP_STEM, entry.rule.looks), CHEAP_STEM, TREE)
         taken = entry.rule.decide(TEST)
-        np.testing.assert_allclose(costs[k, decisions.choice[k]], own[taken])
-        np.testing.assert_array_equal(decisions.choice[k], [TREE.index[entry.rule.looks[t]] for t in taken])
+        np.testing.assert_allclose(ours.costs[k, ours.decisions.choice[k]], own[taken])
+        np.testing.assert_array_equal(ours.decisions.choice[k], [TREE.index[entry.rule.looks[t]] for t in taken])
 
 
 def test_second_looks_are_taken_where_they_help() -> None:
@@ -86,8 +84,7 @@ def test_second_looks_are_taken_where_they_help() -> None:
         rules = choose_rules(
             CHEAP_STEM, TREE, target, select, None, PRICES, 0, max_looks=max_looks, teacher_share=0
         )  # a teacher would look at the answers that these errors were not made of
-        decisions, costs = rule_decisions(rules, CHEAP_STEM, TREE, test)
-        front = measured(decisions, test.errors, costs)
+        front = rule_decisions(rules, CHEAP_STEM, TREE, test)
         return hypervolume_per_image(front.cost, front.correct, low)
 
     gain = volume(3) - volume(1)
@@ -112,9 +109,8 @@ def test_gates_that_know_more_are_shipped_and_others_are_not() -> None:
     assert sum(isinstance(entry.rule, GateRule) for entry in knowing) >= len(knowing) - 2
     wrong = chosen(gates=gate_front(SELECT, right=False))
     assert [entry.rule for entry in wrong] == [entry.rule for entry in chosen()]
-    decisions, costs = rule_decisions(knowing, CHEAP_STEM, TREE, TEST, gate_front(TEST, right=True))
-    _, accuracy = operating_points(decisions, TEST.errors, costs)
-    assert accuracy.max() == (~TEST.errors.all(axis=1)).mean()
+    ours = rule_decisions(knowing, CHEAP_STEM, TREE, TEST, gate_front(TEST, right=True))
+    assert ours.correct.mean(axis=1).max() == (~TEST.errors.all(axis=1)).mean()
 
 
 def test_it_is_not_behind_thresholds_on_images_like_those_it_was_tuned_on() -> None:
@@ -124,8 +120,7 @@ def test_it_is_not_behind_thresholds_on_images_like_those_it_was_tuned_on() -> N
     )
     tuning = Outcomes.joined_answers([TARGET, SELECT])
     rival = measure(BASELINES["threshold"](BaselineData(TREE, final, every, tuning, TEST, 0, 10), PRICES), tuning, TEST)
-    decisions, costs = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
-    own = measured(decisions, TEST.errors, costs)
+    own = rule_decisions(shipped, CHEAP_STEM, TREE, TEST)
     gain = hypervolume_per_image(own.cost, own.correct, float(final.min())) - hypervolume_per_image(
         rival.cost, rival.correct, float(final.min())
     )
@@ -137,9 +132,8 @@ def test_tuning_volume_grows_with_what_may_be_shipped() -> None:
     tuning = Outcomes.joined_answers([TARGET, SELECT])
     volumes = []
     for looks in (1, 3):
-        decisions, costs = rule_decisions(chosen(max_looks=looks), CHEAP_STEM, TREE, tuning)
-        cost, accuracy = operating_points(decisions, tuning.errors, costs)
-        volumes.append(float(np.interp(np.linspace(0.05, 1, 50), cost, accuracy).mean()))
+        ours = rule_decisions(chosen(max_looks=looks), CHEAP_STEM, TREE, tuning)
+        volumes.append(float(np.interp(np.linspace(0.05, 1, 50), ours.cost, ours.correct.mean(axis=1)).mean()))
     assert volumes[1] >= volumes[0] - 0.005
 
 
@@ -206,8 +200,7 @@ def test_unlabelled_images_make_up_for_labels() -> None:
     low = float(relative(path_costs(CHEAP_STEM, TREE.paths, evaluated="final"), CHEAP_STEM, TREE).min())
 
     def volume(rules: tuple[Shipped, ...]) -> float:
-        decisions, costs = rule_decisions(rules, CHEAP_STEM, TREE, test)
-        front = measured(decisions, test.errors, costs)
+        front = rule_decisions(rules, CHEAP_STEM, TREE, test)
         return float(hypervolume_per_image(front.cost, front.correct, low).mean())
 
     alone, helped, known = [], [], []
