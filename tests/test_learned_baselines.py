@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
+from quee_core.backbones import load_backbone
 from quee_core.baselines import BASELINES, BaselineData
 from quee_core.baselines.answers import answered, confidences, label_losses
 from quee_core.baselines.boosted import boosted_answers
@@ -242,6 +243,33 @@ class TestL2W:
             replace(joined, parts=parts[:1])
 
 
+def wide_at(block: int, blocks: int) -> Path:
+    """To full depth at 2 bits, but for one block at 8."""
+    return Path(tuple(8 if k == block else 2 for k in range(blocks)))
+
+
+def one_needy_block(blocks: int, needy: int) -> BaselineData:
+    """A network that is mostly right at the end where one of its blocks ran at 8 bits, and guesses elsewhere."""
+    leaves = [wide_at(k, blocks) for k in range(blocks)] + [Path((bits,) * blocks) for bits in (2, 8)]
+    paths = {path for leaf in leaves for path in leaf.prefixes() if path.exit}
+    tree = PathTree((2, 8), blocks, tuple(sorted(paths, key=lambda path: (path.exit, path.bits))))
+
+    def outcomes(images: int, seed: int) -> Outcomes:
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, CLASSES, images).astype(np.int16)
+        blind = rng.normal(size=(images, CLASSES)).astype(np.float32)
+        seeing = blind + 4 * np.eye(CLASSES, dtype=np.float32)[labels]
+        tables = [
+            (path, feature_table(np.arange(images), labels, logits, np.zeros((images, 1), np.float32)))
+            for path in tree.paths
+            for logits in [seeing if path.exit == blocks and path.bits[needy] == 8 else blind]
+        ]
+        return Outcomes.from_tables(tables)
+
+    costs = costs_of(tree, 0.01)
+    return BaselineData(tree, costs_of(tree, 0) + 0.01, costs, outcomes(300, 0), outcomes(200, 1), 3, CLASSES)
+
+
 class TestMaqee:
     def test_bound_is_above_the_truth_as_often_as_it_says(self) -> None:
         rng = np.random.default_rng(0)
@@ -299,6 +327,18 @@ class TestMaqee:
         assert spent
         for costs in spent.values():
             assert (np.diff(costs) <= 1e-12).all()
+
+    @pytest.mark.parametrize("needy", range(8))
+    def test_with_an_exit_after_every_block_bits_go_to_the_block_that_needs_them(self, needy: int) -> None:
+        segments = load_backbone("micro_vit_fashion_mnist", exits=range(1, 9)).backbone.segments
+        assert [len(segment.blocks) for segment in segments] == [1] * 8  # type: ignore[arg-type,union-attr]
+        data = one_needy_block(blocks=len(segments), needy=needy)
+        pair = BASELINES["maqee-style"](data, PRICES)
+        wanted, setting = wide_at(needy, len(segments)), pair.select.settings[-1]
+        assert f", {wanted}, " in setting
+        assert "at most 2.75 bits" in setting  # one block at 8, seven at 2
+        assert all(wanted.extends(data.tree.paths[k]) for k in pair.test.choice[-1])
+        assert (pair.test.choice[-1] == data.tree.index[wanted]).mean() > 0.5
 
 
 class TestEENet:

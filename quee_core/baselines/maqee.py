@@ -8,8 +8,9 @@ segments, both are chosen together: thresholds are tuned on one half of the labe
 those on the hull of all that the budget allows go to the other half, from the most accurate to the cheapest, until one
 fails to show that it loses at most ε of accuracy against the full path at the highest bit-width (learn then test, in
 fixed sequence: Angelopoulos et al., arXiv 2110.01052). The last that passed is the setting of that budget and ε: with
-probability 1 - δ over the labelled images it loses no more. The published bit-widths are of single layers, and weigh
-noise by how often a layer is used.
+probability 1 - δ over the labelled images it loses no more. Tables hold what lies between two exits and nothing finer:
+with an exit after every block each block has a bit-width, which its layers share; with fewer exits, the blocks between
+two share one. The published bit-widths are of single layers, and weigh noise by how often a layer is used.
 """
 
 from collections.abc import Sequence
