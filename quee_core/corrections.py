@@ -2,8 +2,8 @@
 
 Heads learn on `fit`, often on images that the backbone was trained on. The labels of `target` and `select`, on which
 rules are chosen, can teach as well: for each uniform path a scale of the stored log-probabilities and a linear map of
-the stored embedding, by least cross-entropy. Rules are tuned on answers to new images, so each half of the images is
-answered by corrections that were fitted on the other half, and all other images by those that were fitted on both.
+the stored embedding, by least cross-entropy. Rules are tuned on answers to new images, so each fold of the images is
+answered by corrections that were fitted on the others, and all further images by those that were fitted on all.
 
 A correction multiplies integers of `EMBEDDING_BITS` bits: it costs little, and the router, which corrects few images at
 a time, gets the same bits as the tables.
@@ -33,6 +33,7 @@ LEAST_PROBABILITY = 2.0**-24  # the smallest that float16 tables hold
 GRID = 12  # bits behind the point of scales and log-probabilities
 LARGEST = 2.0 ** (EMBEDDING_BITS - 1) - 1  # integer
 SMALLEST = 1e-6  # range that integers stand for
+FOLDS = 4
 EPOCHS, BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 8, 512, 0.05, 0.9, 1e-3
 TOGETHER = 2048  # images that are corrected at a time
 
@@ -132,29 +133,29 @@ def fit_corrections(
     parts: Sequence[Outcomes], paths: Sequence[Path], classes: int, seed: int, *, projection_macs: int
 ) -> tuple[Corrections, tuple[Outcomes, ...]]:
     """Corrections of `paths`, fitted on all images of `parts`, and the answers to these images, part by part, by
-    corrections that were fitted on the half that each is not in.
+    corrections that were fitted on the folds that each is not in.
 
     classes: how many there are. projection_macs: of the embedding that a correction needs. The same bits whatever
     number of threads is at work.
     """
     images = sum(part.images for part in parts)
-    half = np.random.default_rng([seed, images]).permutation(images) % 2
+    fold = np.random.default_rng([seed, images]).permutation(images) % FOLDS
     ends = np.cumsum([0, *(part.images for part in parts)])
     of: dict[Path, Correction] = {}
-    halves: tuple[dict[Path, Correction], dict[Path, Correction]] = ({}, {})
+    by_fold: list[dict[Path, Correction]] = [{} for _ in range(FOLDS)]
     labels = np.concatenate([part.labels for part in parts])
     for path in paths:
         positions = [part.position(path) for part in parts]
         log_p = np.concatenate([log_probabilities(o, p, classes) for o, p in zip(parts, positions, strict=True)])
         embedding = np.concatenate([o.embedding[:, p] for o, p in zip(parts, positions, strict=True)])
         of[path] = _fitted(log_p, embedding, labels, seed)
-        for k, kept in enumerate(halves):
-            kept[path] = _fitted(log_p[half != k], embedding[half != k], labels[half != k], seed)
+        for k, kept in enumerate(by_fold):
+            kept[path] = _fitted(log_p[fold != k], embedding[fold != k], labels[fold != k], seed)
     dimensions = parts[0].embedding.shape[2]
     bitops = float((projection_macs + dimensions * classes) * EMBEDDING_BITS**2 + classes * FULL_PRECISION**2)
-    by_half = [Corrections(kept, classes, bitops) for kept in halves]
+    crossed = [Corrections(kept, classes, bitops) for kept in by_fold]
     answers = tuple(
-        _merged([c.corrected(part) for c in by_half], half[start:end])
+        _merged([c.corrected(part) for c in crossed], fold[start:end])
         for part, start, end in zip(parts, ends[:-1], ends[1:], strict=True)
     )
     return Corrections(of, classes, bitops), answers
@@ -178,14 +179,9 @@ def log_probabilities(
 
 def _merged(answers: Sequence[Outcomes], which: NDArray[np.int64]) -> Outcomes:
     """Each image's answers out of those of `answers` that `which` names."""
-    first, second = answers
-    picked = {
-        name: np.where(
-            which.reshape(-1, *(1,) * (getattr(first, name).ndim - 1)) == 0, getattr(first, name), getattr(second, name)
-        )
-        for name in ("predicted", "errors", "uncertainty", "top_p", "top_class")
-    }
-    return replace(first, **picked)
+    image = np.arange(len(which))
+    fields = ("predicted", "errors", "uncertainty", "top_p", "top_class")
+    return replace(answers[0], **{name: np.stack([getattr(a, name) for a in answers])[which, image] for name in fields})
 
 
 def _fitted(

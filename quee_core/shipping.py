@@ -12,6 +12,7 @@ bias on unlabelled images cannot decide it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,14 +171,12 @@ def choose_rules(
     outcomes = _joined(unlabelled, target, select)
     again = None if corrected is None else (corrected.joined(), corrected.table)
     contest, set_right = _Contest.both(table, tree, outcomes, grid[picked], seed, teacher_share, again)
-    trials = contest.simple_trials()
-    others = [contest.trial(each, at) for each, at in contest.search(max_looks).items()]
-    if set_right is not None:
-        others += set_right.simple_trials()
-        others += [set_right.trial(each, at) for each, at in set_right.search(max_looks).items()]
+    contests = [contest] if set_right is None else [contest, set_right]
+    trials = [trial for each in contests for trial in each.simple_trials()]
+    others = [each.trial(rule, at) for each in contests for rule, at in each.search(max_looks).items()]
     points = [_winner(k, trials, others) for k in range(len(picked))]
     if gates is not None:
-        wrong, image = contest.errors[-select.images :], np.arange(select.images)
+        wrong, image = contest.errors.single[-select.images :], np.arange(select.images)
         points = [
             _against_gates(point, wrong[image, taken], gates.costs[taken], float(gates.costs.min()))
             for taken, point in zip(gates.decisions.choice[picked], points, strict=True)
@@ -186,7 +185,7 @@ def choose_rules(
     full = contest.static(trials, tree.full_path, 0)
     most_accurate = points[0]
     points = list({str(point.rule): point for point in points}.values())
-    if not most_accurate.clearly_better_than(full, 0.0):
+    if not most_accurate.clearly_more_accurate_than(full):
         points = [*(point for point in points if point.cost < full.cost), full]
     kept = choose_points(np.array([p.cost for p in points]), np.array([p.tuned_accuracy for p in points]))
     if points[-1] is full and len(points) - 1 not in kept:
@@ -273,8 +272,8 @@ class _Point:
     """A rule, and what it showed.
 
     costs, wrong: cost and error of each image that it was not tuned on, float64 [n], or for the gates [select]: the
-    last images. weighed: the same errors, for means (`_Contest`), float64 [n]; of the gates they are `wrong`. cost,
-    tuned_accuracy: means where it was tuned. accuracy: mean where it was not.
+    last images. weighed, labelled: the same errors, for means (`_Contest`), float64 [n]; of the gates they are `wrong`.
+    cost, tuned_accuracy: means where it was tuned. accuracy: mean where it was not.
     """
 
     rule: Rule
@@ -282,6 +281,7 @@ class _Point:
     costs: NDArray[np.float64]
     wrong: NDArray[np.float64]
     weighed: NDArray[np.float64]
+    labelled: NDArray[np.float64]
     cost: float
     tuned_accuracy: float
     accuracy: float
@@ -291,26 +291,47 @@ class _Point:
 
         On the images that both were seen on; gates on those of `select`, all of which have labels.
         """
+        return self._is_better(other, price, "weighed")
+
+    def clearly_more_accurate_than(self, other: "_Point") -> bool:
+        """The same of mean errors, by labels alone: a teacher thinks well of rules that ask many paths, as it does."""
+        return self._is_better(other, 0.0, "labelled")
+
+    def _is_better(self, other: "_Point", price: float, errors: Literal["weighed", "labelled"]) -> bool:
         gates = isinstance(self.rule, GateRule) or isinstance(other.rule, GateRule)
-        own, rival = (each.wrong if gates else each.weighed for each in (self, other))
+        own, rival = (getattr(each, "wrong" if gates else errors) for each in (self, other))
         common = min(len(own), len(rival))
         gain = (rival + price * other.costs)[-common:] - (own + price * self.costs)[-common:]
         return bool(gain.mean() > BETTER_BY * gain.std() / np.sqrt(common) and gain.mean() > 0)
 
 
 @dataclass(frozen=True, eq=False)
+class _Errors:
+    """Errors of P answers to n images, float64 [n, P], as label and teacher tell them (`teacher.judged_errors`).
+
+    single: image by image. weighed: for means. labelled: for means as labels tell them, without a teacher's bias.
+    """
+
+    single: NDArray[np.float64]
+    weighed: NDArray[np.float64]
+    labelled: NDArray[np.float64]
+
+    def columns(self, part: slice) -> "_Errors":
+        """Those of some answers."""
+        return _Errors(self.single[:, part], self.weighed[:, part], self.labelled[:, part])
+
+
+@dataclass(frozen=True, eq=False)
 class _Contest:
     """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
 
-    outcomes: answers, of all paths, or corrected, of uniform ones. errors, weighed: of each, float64 [n, P], image by
-    image and for means (`teacher.judged_errors`).
+    outcomes: answers, of all paths, or corrected, of uniform ones. errors: of each. dearer: costs of corrected ones.
     """
 
     table: CostTable
     tree: PathTree
     outcomes: Outcomes
-    errors: NDArray[np.float64]
-    weighed: NDArray[np.float64]
+    errors: _Errors
     prices: NDArray[np.float64]
     fold: NDArray[np.int64]
     dearer: CostTable | None = None
@@ -333,15 +354,14 @@ class _Contest:
         fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
         uniform = [path for path in tree.paths if path.is_uniform]
         others = None if corrected is None else corrected[0]
-        judged = judged_errors(outcomes, uniform, fold, teacher_share, others=others)
-        (errors, others_errors), (weighed, others_weighed) = (
-            np.split(each, [len(outcomes.paths)], axis=1) for each in judged
-        )
-        plain = cls(table, tree, outcomes, errors, weighed, prices, fold)
+        single, weighed = judged_errors(outcomes, uniform, fold, teacher_share, others=others)
+        _, labelled = judged_errors(outcomes, uniform, fold, 0.0, others=others)
+        errors, own = _Errors(single, weighed, labelled), len(outcomes.paths)
+        plain = cls(table, tree, outcomes, errors.columns(slice(own)), prices, fold)
         if corrected is None:
             return plain, None
         answers, dearer = corrected
-        return plain, cls(table, tree, answers, others_errors, others_weighed, prices, fold, dearer=dearer)
+        return plain, cls(table, tree, answers, errors.columns(slice(own, None)), prices, fold, dearer)
 
     @cached_property
     def uniform(self) -> list[Path]:
@@ -439,7 +459,7 @@ class _Contest:
         """Errors float64 [n, looks], confidence float64 [n, looks - 1] and costs float64 [looks] of a contestant."""
         positions = [self.outcomes.position(path) for path in contestant.looks]
         confidence = confidence_of(self.outcomes, positions[:-1], contestant.measure)
-        return self.errors[:, positions], confidence, self.costs_of(contestant.looks)
+        return self.errors.single[:, positions], confidence, self.costs_of(contestant.looks)
 
 
 def _winner(k: int, simple: Sequence[_Trial], others: Sequence[_Trial]) -> _Point:
@@ -457,13 +477,14 @@ def _point(trial: _Trial, k: int) -> _Point:
     looks = np.array([contest.outcomes.position(path) for path in trial.contestant.looks])
     taken = trial.taken[k].astype(np.intp)
     image, answer = np.arange(len(taken)), looks[taken]
-    wrong, (cost, error) = contest.errors[image, answer], trial.tuned[k]
+    wrong, (cost, error) = contest.errors.single[image, answer], trial.tuned[k]
     return _Point(
         rule=trial.rules[k],
         price=float(contest.prices[k]),
         costs=contest.costs_of(trial.contestant.looks)[taken],
         wrong=wrong,
-        weighed=contest.weighed[image, answer],
+        weighed=contest.errors.weighed[image, answer],
+        labelled=contest.errors.labelled[image, answer],
         cost=cost,
         tuned_accuracy=1 - error,
         accuracy=1 - float(wrong.mean()),
@@ -499,6 +520,7 @@ def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.
         costs=costs,
         wrong=wrong,
         weighed=wrong,
+        labelled=wrong,
         cost=max(cheapest, point.cost + dearer),
         tuned_accuracy=point.tuned_accuracy - worse,
         accuracy=float(np.clip(point.accuracy - worse, 0, 1)),
