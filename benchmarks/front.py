@@ -32,8 +32,9 @@ from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.deployment import load_policy, load_router
 from quee_core.evaluation import MeasuredFront, PricedTree, measure
 from quee_core.fronts import hypervolume_per_image, paired_bootstrap
+from quee_core.revisions import RevisedAnswers
 from quee_core.runs import find_record, router_folder
-from quee_core.shipping import CorrectedAnswers, choose_rules, rule_decisions
+from quee_core.shipping import choose_rules, rule_decisions
 from quee_core.tables import Outcomes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -104,15 +105,15 @@ class Run:
         return self.chosen(target, select)
 
     @cached_property
-    def with_corrections(self) -> Timed:
-        """The same, with answers of corrected heads among what competes."""
+    def with_revisions(self) -> Timed:
+        """The same, with revised answers among what competes."""
         target, select, _ = self.outcomes
         started = time.perf_counter()
-        corrected = CorrectedAnswers.of(
+        revised = RevisedAnswers.of(
             self.priced.table, target, select, None, self.classes, self.seed, projection_macs=self.projection_macs
         )
         spent = time.perf_counter() - started
-        front, seconds = self.chosen(target, select, corrected=corrected)
+        front, seconds = self.chosen(target, select, revised=revised)
         return front, None if seconds is None else spent + seconds
 
     def chosen(self, target: Outcomes, select: Outcomes, unlabelled: Outcomes | None = None, **settings: Any) -> Timed:
@@ -122,9 +123,9 @@ class Run:
             self.priced.table, tree, target, select, None, self.prices, self.seed, unlabelled=unlabelled, **settings
         )
         spent = time.perf_counter() - started
-        corrected = settings.get("corrected")
-        corrections = None if corrected is None else corrected.corrections
-        ours = rule_decisions(rules, self.priced.table, tree, test, None, corrections)
+        revised = settings.get("revised")
+        revisions = None if revised is None else revised.revisions
+        ours = rule_decisions(rules, self.priced.table, tree, test, None, revisions)
         return MeasuredFront(ours.decisions, ours.cost, ours.correct), spent
 
     def thresholds(self, tuning: Outcomes) -> Timed:
@@ -162,7 +163,7 @@ def levers(runs: Sequence[Run], plain: Run) -> list[Gain]:
             "thresholds": run.thresholds(Outcomes.joined_answers([target, select])),
             **{name: run.chosen(target, select, **settings) for name, settings in LEVERS.items()},
             "choice, teacher and second looks": run.all_labelled,
-            "these and corrected answers": run.with_corrections,
+            "these and revised answers": run.with_revisions,
             "gates": (run.fronts.fronts["gates"], run.stage_seconds.get("fit the grid")),
             "all together, as it ships": (run.fronts.fronts["quee"], None),
         }

@@ -7,6 +7,7 @@ cascade is a path of its own, from the stem on: it costs the segments that no ea
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,11 @@ from quee_core.paths import ROOT, Path
 from quee_core.tables import Outcomes
 from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken
 
+AnswerKind = Literal["own", "corrected", "summed", "corrected and summed"]
+OWN, CORRECTED, SUMMED, SUMMED_CORRECTED = ANSWERS = get_args(AnswerKind)
+REVISED: tuple[AnswerKind, ...] = (CORRECTED, SUMMED, SUMMED_CORRECTED)
+NEVER = 2.0  # a threshold above all confidences
+
 
 @dataclass(frozen=True)
 class Cascade:
@@ -25,29 +31,40 @@ class Cascade:
     A threshold is on `CONFIDENCES`' scale, where more is surer: on entropy it is the negative of what is printed.
     looks: distinct paths in the order of asking. measure: the confidence, one of `CONFIDENCES`. thresholds: finite, one
     for each look but the last; an image is answered by the first look whose confidence is at least its threshold.
-    corrected: whether the looks' answers are corrected ones (corrections.py).
-    Raises ConfigError for thresholds or a measure that are none, InvalidPathError for looks that are none.
+    answers: which of a path's answers count, its own or revised ones (revisions.py); summed ones are of all exits of
+    one bit-width, up to the last look.
+    Raises ConfigError for thresholds, a measure or answers that are none, InvalidPathError for looks that are none.
     """
 
     looks: tuple[Path, ...]
     measure: str
     thresholds: tuple[float, ...]
-    corrected: bool = False
+    answers: AnswerKind = OWN
 
     def __post_init__(self) -> None:
         if not self.looks or len(set(self.looks)) < len(self.looks) or ROOT in self.looks:
             raise InvalidPathError(f"looks {', '.join(map(str, self.looks)) or '(none)'}: want distinct paths")
+        if self.answers not in ANSWERS:
+            raise ConfigError(f"answers {self.answers!r}: unknown; want one of {list(ANSWERS)}")
+        last = self.looks[-1]
+        if self.is_summed and (not last.is_uniform or self.looks != tuple(last.prefixes())[1:]):
+            raise InvalidPathError(f"looks {', '.join(map(str, self.looks))}: sums want all exits of one bit-width")
         if self.measure not in CONFIDENCES:
             raise ConfigError(f"measure {self.measure!r}: unknown; want one of {sorted(CONFIDENCES)}")
         if len(self.thresholds) != len(self.looks) - 1 or not all(map(math.isfinite, self.thresholds)):
             raise ConfigError(f"thresholds {self.thresholds} for {len(self.looks)} looks: want finite ones, one fewer")
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether an answer counts what the looks before have said."""
+        return self.answers in (SUMMED, SUMMED_CORRECTED)
 
     def __str__(self) -> str:
         """What reproduces it: "2 > 4-4, margin ≥ 0.41" or "entropy ≤ 0.7", with as many digits as thresholds have."""
         sign = CONFIDENCES[self.measure]
         sure = ", ".join(repr(sign * threshold) for threshold in self.thresholds)
         rule = f", {self.measure} {'≥' if sign > 0 else '≤'} {sure}" if sure else ""
-        return " > ".join(map(str, self.looks)) + rule + (", corrected" if self.corrected else "")
+        return " > ".join(map(str, self.looks)) + rule + ("" if self.answers == OWN else f", {self.answers}")
 
     def decide(self, outcomes: Outcomes) -> NDArray[np.int16]:
         """Which look answers each image, from 0; int16 [n]. Raises ShapeMismatchError for a look without a table."""
@@ -63,20 +80,23 @@ class Cascade:
         return " > ".join(map(str, ends))
 
 
-def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float], *, corrected: bool = False) -> Cascade:
-    """The cascade of `thresholds` that may be infinite: a look that never answers is left out, what follows one that
-    always does is cut off. It decides as the given ones do, and costs no more. Raises as `Cascade` does.
+def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float], *, answers: AnswerKind = OWN) -> Cascade:
+    """The cascade of `thresholds` that may be infinite: what follows a look that always answers is cut off, one that
+    never does is left out, unless its answer counts in later ones. It decides as the given ones do, and costs no more.
+    Raises as `Cascade` does.
     """
     kept: list[Path] = []
     finite: list[float] = []
     for look, threshold in zip(looks, (*thresholds, -math.inf), strict=True):
         if threshold == math.inf:
-            continue
+            if answers not in (SUMMED, SUMMED_CORRECTED):
+                continue
+            threshold = NEVER
         kept.append(look)
         if threshold == -math.inf:
             break
         finite.append(float(threshold))
-    return Cascade(tuple(kept), measure, tuple(finite), corrected)
+    return Cascade(tuple(kept), measure, tuple(finite), answers)
 
 
 def look_costs(table: CostTable, looks: Sequence[Path]) -> NDArray[np.float64]:

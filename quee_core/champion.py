@@ -132,7 +132,7 @@ def served_front(record: SweepRecord, folder: FilePath) -> ServedFront:
     if prices:
         priced = relative(path_costs(bitops, tree.paths, evaluated="every"), bitops, tree)
         gates = GateFront(gate_decisions(policy, deployed.router.costs, np.array(prices), test), priced)
-    ours = rule_decisions(shipped, bitops.without_gates(), tree, test, gates, deployed.router.corrections)
+    ours = rule_decisions(shipped, bitops.without_gates(), tree, test, gates, deployed.router.revisions)
     cost = ours.cost
     order = np.argsort(cost, kind="stable")
     whole = full_cost(bitops, tree)

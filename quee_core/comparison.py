@@ -118,7 +118,7 @@ def run_fronts(record: SweepRecord, folder: FilePath) -> RunFronts:
         config.prices.grid(),
         classes,
         settings,
-        deployed.router.corrections,
+        deployed.router.revisions,
     )
     test, tree = outcomes[2], policy.tree
     whole = full_cost(table, tree)

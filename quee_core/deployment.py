@@ -20,8 +20,7 @@ from torch import Tensor
 from quee_core import __version__
 from quee_core.backbones.registry import blank_backbone
 from quee_core.backbones.segmented import SegmentedBackbone
-from quee_core.cascades import Cascade
-from quee_core.corrections import Corrections
+from quee_core.cascades import OWN, AnswerKind, Cascade
 from quee_core.costs import CostTable
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.errors import (
@@ -40,6 +39,7 @@ from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy, policy_from_bytes, policy_to_bytes
 from quee_core.quantize.calibration import Calibration, quantize_backbone
 from quee_core.record import SweepRecord
+from quee_core.revisions import Revisions
 from quee_core.router import Router
 from quee_core.runs import ROUTER_MANIFEST as MANIFEST
 from quee_core.shipping import GateRule, Rule, Shipped
@@ -47,7 +47,7 @@ from quee_core.summary import Winner
 from quee_core.whole_files import disk_faults, whole_file
 
 FORMAT = 3
-CORRECTIONS = "corrections.safetensors"
+REVISIONS = "revisions.safetensors"
 
 
 class _Plain(BaseModel):
@@ -61,7 +61,7 @@ class PlainCascade(_Plain):
     looks: tuple[str, ...]
     measure: str
     thresholds: tuple[float, ...]
-    corrected: bool = False
+    answers: AnswerKind = OWN
 
 
 class PlainGates(_Plain):
@@ -76,7 +76,7 @@ def plain_rule(rule: Rule) -> PlainCascade | PlainGates:
     if isinstance(rule, GateRule):
         return PlainGates(price=rule.price)
     return PlainCascade(
-        looks=tuple(map(str, rule.looks)), measure=rule.measure, thresholds=rule.thresholds, corrected=rule.corrected
+        looks=tuple(map(str, rule.looks)), measure=rule.measure, thresholds=rule.thresholds, answers=rule.answers
     )
 
 
@@ -100,7 +100,7 @@ class OperatingPoint(_Plain):
         if isinstance(self.rule, PlainGates):
             return GateRule(self.rule.price)
         of = self.rule
-        return Cascade(tuple(map(Path.parse, of.looks)), of.measure, of.thresholds, of.corrected)
+        return Cascade(tuple(map(Path.parse, of.looks)), of.measure, of.thresholds, of.answers)
 
     def as_shipped(self) -> Shipped:
         """What it was before any test. Raises as `as_rule` does."""
@@ -183,7 +183,7 @@ def export_winner(
     winner: Winner,
     table: CostTable,
     shipped: Sequence[Shipped],
-    corrections: Corrections | None,
+    revisions: Revisions | None,
     record: SweepRecord,
     folder: FilePath,
 ) -> FilePath:
@@ -203,7 +203,7 @@ def export_winner(
         calibration=calibration,
         exits=exits,
         policy=winner.policy,
-        corrections=corrections,
+        revisions=revisions,
         table=table.with_gates(winner.gates),
         full_cost=record.full_cost,
         points=tuple(
@@ -237,7 +237,7 @@ def save_router(
     table: CostTable,
     full_cost: float,
     points: tuple[OperatingPoint, ...],
-    corrections: Corrections | None = None,
+    revisions: Revisions | None = None,
 ) -> FilePath:
     """Write everything that routes an image into `folder`; returns its manifest, which comes last.
 
@@ -252,8 +252,8 @@ def save_router(
         "exits.safetensors": exits.to_bytes(),
         "policy.safetensors": policy_to_bytes(policy),
     }
-    if corrections is not None and any(isinstance(p.rule, PlainCascade) and p.rule.corrected for p in points):
-        contents[CORRECTIONS] = corrections.to_bytes()
+    if revisions is not None and any(isinstance(p.rule, PlainCascade) and p.rule.answers != OWN for p in points):
+        contents[REVISIONS] = revisions.to_bytes()
     _, height, width = backbone.image_shape
     manifest = RouterManifest(
         format=FORMAT,
@@ -306,18 +306,18 @@ def load_router(folder: FilePath | str, device: torch.device | str = "cpu") -> D
     quantized = quantize_backbone(backbone.to(device), calibration, manifest.bits).to(device)
     network = exits.network(quantized).to(device)
     try:
-        router = Router(network, policy, manifest.costs, _corrections(folder, manifest)).eval()
+        router = Router(network, policy, manifest.costs, _revisions(folder, manifest)).eval()
     except InvalidPathError as error:
         raise DamagedTableError(f"{folder / MANIFEST}: costs: {error}; run the sweep again to export it anew") from None
     return DeployedRouter(router, manifest.preprocessing.transform(), manifest)
 
 
-def load_policy(folder: FilePath) -> tuple[GatePolicy, FittedExits, Corrections | None, RouterManifest]:
+def load_policy(folder: FilePath) -> tuple[GatePolicy, FittedExits, Revisions | None, RouterManifest]:
     """What a saved router decides by, without the network that it decides for. Raises as `load_router` does."""
     manifest = read_manifest(folder)
     exits = FittedExits.from_bytes(_checked(folder, "exits.safetensors", manifest.files))
     policy = policy_from_bytes(_checked(folder, "policy.safetensors", manifest.files))
-    return policy, exits, _corrections(folder, manifest), manifest
+    return policy, exits, _revisions(folder, manifest), manifest
 
 
 def read_manifest(folder: FilePath) -> RouterManifest:
@@ -352,11 +352,11 @@ def router_digest(folder: FilePath) -> str | None:
     return _sha256((folder / MANIFEST).read_bytes())
 
 
-def _corrections(folder: FilePath, manifest: RouterManifest) -> Corrections | None:
+def _revisions(folder: FilePath, manifest: RouterManifest) -> Revisions | None:
     """Those that some rule asks for; a router without such a rule has none."""
-    if CORRECTIONS not in manifest.files:
+    if REVISIONS not in manifest.files:
         return None
-    return Corrections.from_bytes(_checked(folder, CORRECTIONS, manifest.files))
+    return Revisions.from_bytes(_checked(folder, REVISIONS, manifest.files))
 
 
 def _checked(folder: FilePath, name: str, sums: Mapping[str, str]) -> bytes:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from quee_core.baselines import BASELINES, BaselineData, PolicyPair
 from quee_core.config import BaselineName, EvaluationConfig
-from quee_core.corrections import Corrections
 from quee_core.costs import CostTable, full_cost, path_costs, relative
 from quee_core.fronts import (
     Decisions,
@@ -42,6 +41,7 @@ from quee_core.record import (
     ShareRow,
     UniformAccuracy,
 )
+from quee_core.revisions import Revisions
 from quee_core.shipping import GateFront, Shipped, rule_decisions
 from quee_core.tables import Outcomes
 
@@ -153,17 +153,17 @@ def all_fronts(
     prices: NDArray[np.float64],
     classes: int,
     settings: EvaluationConfig,
-    corrections: Corrections | None,
+    revisions: Revisions | None,
 ) -> dict[str, MeasuredFront]:
     """Quee's front, that of its gates alone, and that of every baseline of `settings`, measured on `test`.
 
     gates: what the policy's decisions cost, absolute, root first. outcomes: target, select and test; baselines may use
-    the first two. classes: how many there are. corrections: of shipped rules whose answers are corrected.
+    the first two. classes: how many there are. revisions: of shipped rules whose answers are revised.
     """
     target, select, test = outcomes
     costs = priced.gated(gates)
     on_select, on_test = (gate_decisions(policy, costs, prices, split) for split in (select, test))
-    ours = rule_decisions(shipped, priced.table, priced.tree, test, GateFront(on_test, costs), corrections, method=QUEE)
+    ours = rule_decisions(shipped, priced.table, priced.tree, test, GateFront(on_test, costs), revisions, method=QUEE)
     return {
         QUEE: MeasuredFront(ours.decisions, ours.cost, ours.correct),
         GATES: measure(PolicyPair(on_select, on_test, costs), select, test),

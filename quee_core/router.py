@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quee_core.cascades import Cascade, look_costs
-from quee_core.corrections import Corrections
+from quee_core.cascades import OWN, AnswerKind, Cascade, look_costs
 from quee_core.costs import CostTable, path_costs, relative
 from quee_core.errors import InvalidPathError, ShapeMismatchError
 from quee_core.gates import EXIT_NOW, GateTable, check_prices, gate_tables, next_actions
 from quee_core.network import Answer, PathNetwork
 from quee_core.paths import ROOT, Path
 from quee_core.policy import GatePolicy
+from quee_core.revisions import Revisions
 from quee_core.shipping import GateRule, Rule
 from quee_core.tables import Outcomes, feature_table, softmax
 from quee_core.thresholds import confidence_of
@@ -42,18 +42,18 @@ class Router(nn.Module):
     """Sends every image of a batch along its own path, regrouping the survivors at each gate.
 
     network: runs segments and heads. policy: predicts errors at every gate. table: cost of every piece, the policy's
-    gates included. corrections: of the answers of cascades that ask for it. Decisions are those of `gates.replay` and
+    gates included. revisions: of the answers of cascades that ask for it. Decisions are those of `gates.replay` and
     `Cascade.decide` on the tables, image by image, whatever the batch.
     """
 
     def __init__(
-        self, network: PathNetwork, policy: GatePolicy, table: CostTable, corrections: Corrections | None = None
+        self, network: PathNetwork, policy: GatePolicy, table: CostTable, revisions: Revisions | None = None
     ) -> None:
         super().__init__()
         self.network = network
         self.policy = policy
         self.table = table
-        self.corrections = corrections
+        self.revisions = revisions
         tree = policy.tree
         self.costs = relative(path_costs(table, tree.paths, evaluated="every"), table, tree)
         self._tables: Mapping[Path, GateTable] = gate_tables(tree, self.costs)
@@ -63,7 +63,7 @@ class Router(nn.Module):
         """Route preprocessed images float [n, c, h, w] by the gates at a price, or by a cascade.
 
         Raises ConfigError for a price that is negative or not finite, ShapeMismatchError for no images,
-        InvalidPathError for a cascade that looks along a path that is not in the tree, or asks for corrections that the
+        InvalidPathError for a cascade that looks along a path that is not in the tree, or asks for revisions that the
         router does not have.
         """
         if images.ndim != 4 or len(images) == 0:
@@ -79,9 +79,10 @@ class Router(nn.Module):
         state = _Answers(len(stem), index)
         costs = relative(look_costs(self._look_table(cascade), cascade.looks), self.table, self.policy.tree)
         taken, rows, known = np.zeros(len(stem), np.intp), np.arange(len(stem)), {ROOT: stem}
+        before: NDArray[np.float32] | None = None  # what the last look said of the images that are left
         for k, look in enumerate(cascade.looks):
             tokens = self._tokens(look, known, cascade.looks[k + 1 :])
-            logits = self._logits(look, tokens, corrected=cascade.corrected)
+            logits = self._logits(look, tokens, cascade.answers, before)
             sure = np.ones(len(rows), bool)
             if k < len(cascade.thresholds):
                 seen = answer_table(look, Answer(logits, np.zeros((len(logits), 1), np.float32)))
@@ -92,22 +93,26 @@ class Router(nn.Module):
                 break
             left = torch.from_numpy(np.flatnonzero(~sure)).to(stem.device)
             rows, known = rows[~sure], {path: kept[left] for path, kept in known.items()}
+            before = logits[~sure]
         journeys = {index[look]: cascade.journey(k) for k, look in enumerate(cascade.looks)}
         return Routed(state.probabilities.argmax(1), state.probabilities, state.path, costs[taken], journeys)
 
     def _look_table(self, cascade: Cascade) -> CostTable:
-        if not cascade.corrected:
+        if cascade.answers == OWN:
             return self.table
-        if self.corrections is None:
-            raise InvalidPathError(f"{cascade}: the router has no corrections")
-        return self.corrections.dearer(self.table)
+        if self.revisions is None:
+            raise InvalidPathError(f"{cascade}: the router has no revisions of answers")
+        return self.revisions.dearer(cascade.answers, self.table)
 
-    def _logits(self, look: Path, tokens: Tensor, *, corrected: bool) -> NDArray[np.float32]:
-        if not corrected or self.corrections is None:
+    def _logits(
+        self, look: Path, tokens: Tensor, answers: AnswerKind, before: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        if answers == OWN or self.revisions is None:
             logits: NDArray[np.float32] = self.network.logits(look.exit, tokens).float().cpu().numpy()
             return logits
-        # of what a table would hold, to which corrections were fitted
-        return self.corrections.logits(look, answer_table(look, self.network.answer(look.exit, tokens)))
+        # of what a table would hold, to which revisions were fitted
+        table = answer_table(look, self.network.answer(look.exit, tokens))
+        return self.revisions.logits(answers, look, table, before)
 
     def _tokens(self, look: Path, known: dict[Path, Tensor], later: Sequence[Path]) -> Tensor:
         """Tokens behind `look`, from the longest known beginning on; `known` is left with what `later` looks share."""

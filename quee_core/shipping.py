@@ -11,19 +11,19 @@ bias on unlabelled images cannot decide it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.cascades import Cascade, decisions_of, look_costs, trimmed
-from quee_core.corrections import Corrections, fit_corrections
+from quee_core.cascades import OWN, SUMMED, SUMMED_CORRECTED, AnswerKind, Cascade, decisions_of, look_costs, trimmed
 from quee_core.costs import CostTable, relative
 from quee_core.errors import ShapeMismatchError
 from quee_core.fronts import Decisions, choose_points
 from quee_core.gates import check_prices
 from quee_core.paths import Path, PathTree
+from quee_core.revisions import RevisedAnswers, Revisions
 from quee_core.tables import Outcomes
 from quee_core.teacher import judged_errors
 from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken, tune_thresholds
@@ -92,49 +92,6 @@ class RuleDecisions:
         return np.array([own[choice].mean() for own, choice in zip(self.costs, self.decisions.choice, strict=True)])
 
 
-@dataclass(frozen=True, eq=False)
-class CorrectedAnswers:
-    """What uniform paths answer once their heads are corrected, on the images that rules are chosen on.
-
-    table: costs with what corrections add. The images of target and select are answered by corrections that were not
-    fitted on them.
-    """
-
-    corrections: Corrections
-    table: CostTable
-    target: Outcomes
-    select: Outcomes
-    unlabelled: Outcomes | None
-
-    @classmethod
-    def of(
-        cls,
-        table: CostTable,
-        target: Outcomes,
-        select: Outcomes,
-        unlabelled: Outcomes | None,
-        classes: int,
-        seed: int,
-        *,
-        projection_macs: int,
-    ) -> "CorrectedAnswers | None":
-        """Corrected by the labels of `target` and `select`; None where cost is time, for that of corrections is not
-        measured. See `fit_corrections`.
-        """
-        if table.unit != "bitops":
-            return None
-        uniform = [path for path in target.paths if path.is_uniform]
-        corrections, (on_target, on_select) = fit_corrections(
-            (target, select), uniform, classes, seed, projection_macs=projection_macs
-        )
-        more = None if unlabelled is None else corrections.corrected(unlabelled)
-        return cls(corrections, corrections.dearer(table), on_target, on_select, more)
-
-    def joined(self) -> Outcomes:
-        """The answers to all images, in the order in which `choose_rules` takes them."""
-        return _joined(self.unlabelled, self.target, self.select)
-
-
 def choose_rules(
     table: CostTable,
     tree: PathTree,
@@ -145,14 +102,14 @@ def choose_rules(
     seed: int,
     *,
     unlabelled: Outcomes | None = None,
-    corrected: CorrectedAnswers | None = None,
+    revised: RevisedAnswers | None = None,
     max_looks: int = MAX_LOOKS,
     teacher_share: float = TEACHER_SHARE,
 ) -> tuple[Shipped, ...]:
     """The rules that ship, by ascending cost; the cheapest static path is the first unless another dominates it.
 
     table: costs in any unit, gates free. gates: None to leave them out. prices: λ ≥ 0. unlabelled: images on which the
-    teacher alone judges. corrected: answers with which ladders and cascades compete, too. max_looks: 1 leaves ladders
+    teacher alone judges. revised: answers with which ladders and cascades compete, too. max_looks: 1 leaves ladders
     alone. teacher_share: how much of an error is the teacher's opinion, where there is a label.
 
     Thresholds are tuned on `target`, `select` and `unlabelled` together; which rule wins at a price is seen in
@@ -168,10 +125,9 @@ def choose_rules(
     if gates is not None and gates.decisions.prices != tuple(grid.tolist()):
         raise ShapeMismatchError(f"gates: {len(gates.decisions.prices)} prices that are not the {len(grid)} given")
     picked = np.unique(np.linspace(0, len(grid) - 1, min(MAX_PRICES, len(grid))).round().astype(int))
-    outcomes = _joined(unlabelled, target, select)
-    again = None if corrected is None else (corrected.joined(), corrected.table)
-    contest, set_right = _Contest.both(table, tree, outcomes, grid[picked], seed, teacher_share, again)
-    contests = [contest] if set_right is None else [contest, set_right]
+    outcomes = Outcomes.joined_answers([*([] if unlabelled is None else [unlabelled]), target, select])
+    contests = _Contest.of_all(table, tree, outcomes, grid[picked], seed, teacher_share, revised)
+    contest = contests[0]
     trials = [trial for each in contests for trial in each.simple_trials()]
     others = [each.trial(rule, at) for each in contests for rule, at in each.search(max_looks).items()]
     points = [_winner(k, trials, others) for k in range(len(picked))]
@@ -199,21 +155,19 @@ def rule_decisions(
     tree: PathTree,
     outcomes: Outcomes,
     gates: GateFront | None = None,
-    corrections: Corrections | None = None,
+    revisions: Revisions | None = None,
     *,
     method: str = "quee",
 ) -> RuleDecisions:
     """What the shipped rules do with each image.
 
-    gates: the gates' rule on the same `outcomes`, at least at the prices of the shipped gate rules. corrections: of the
-    answers of rules that ask for corrected ones. Raises ShapeMismatchError for a rule without what it needs.
+    gates: the gates' rule on the same `outcomes`, at least at the prices of the shipped gate rules. revisions: of the
+    answers of rules that ask for revised ones. Raises ShapeMismatchError for a rule without what it needs.
     """
     choice = np.empty((len(shipped), outcomes.images), np.int16)
     costs = np.full((len(shipped), len(tree.paths)), np.nan)
     wrong, image = np.empty(choice.shape, bool), np.arange(outcomes.images)
-    corrected = None
-    if any(isinstance(p.rule, Cascade) and p.rule.corrected for p in shipped) and corrections is not None:
-        corrected = corrections.corrected(outcomes)
+    answers: dict[AnswerKind, Outcomes] = {OWN: outcomes}
     for k, point in enumerate(shipped):
         seen = outcomes
         if isinstance(point.rule, GateRule):
@@ -222,20 +176,19 @@ def rule_decisions(
             choice[k] = gates.decisions.choice[gates.decisions.prices.index(point.rule.price)]
             costs[k] = gates.costs
         else:
-            priced = table
-            if point.rule.corrected:
-                if corrected is None or corrections is None:
-                    raise ShapeMismatchError(f"{point.rule}: no corrections of its answers")
-                seen, priced = corrected, corrections.dearer(table)
+            kind, priced = point.rule.answers, table
+            if kind != OWN:
+                if revisions is None:
+                    raise ShapeMismatchError(f"{point.rule}: no revisions of its answers")
+                if kind not in answers:
+                    answers[kind] = revisions.answers(kind, outcomes)
+                priced = revisions.dearer(kind, table)
+            seen = answers[kind]
             own = relative(look_costs(priced, point.rule.looks), table, tree)
             choice[k], costs[k] = decisions_of(point.rule, own, seen, tree.index)
         wrong[k] = seen.errors[image, _columns(seen, tree)[choice[k]]]
     settings, prices = tuple(str(p.rule) for p in shipped), tuple(p.price for p in shipped)
     return RuleDecisions(Decisions(method, "quee", settings, prices, choice), costs, ~wrong)
-
-
-def _joined(unlabelled: Outcomes | None, target: Outcomes, select: Outcomes) -> Outcomes:
-    return Outcomes.joined_answers([*([] if unlabelled is None else [unlabelled]), target, select])
 
 
 def _columns(outcomes: Outcomes, tree: PathTree) -> NDArray[np.intp]:
@@ -325,19 +278,21 @@ class _Errors:
 class _Contest:
     """n images, with the fold of each, int64 [n], on which contestants are tuned and judged at `prices`.
 
-    outcomes: answers, of all paths, or corrected, of uniform ones. errors: of each. dearer: costs of corrected ones.
+    outcomes: answers, of all paths, or revised, of uniform ones. errors: of each. table: costs of unrevised ones,
+    dearer: of these.
     """
 
+    answers: AnswerKind
     table: CostTable
+    dearer: CostTable
     tree: PathTree
     outcomes: Outcomes
     errors: _Errors
     prices: NDArray[np.float64]
     fold: NDArray[np.int64]
-    dearer: CostTable | None = None
 
     @classmethod
-    def both(
+    def of_all(
         cls,
         table: CostTable,
         tree: PathTree,
@@ -345,29 +300,32 @@ class _Contest:
         prices: NDArray[np.float64],
         seed: int,
         teacher_share: float,
-        corrected: tuple[Outcomes, CostTable] | None,
-    ) -> "tuple[_Contest, _Contest | None]":
-        """With the answers of the tables, and with corrected ones, in the eyes of a teacher who has seen them all.
-
-        corrected: answers to the same images, and their costs.
-        """
+        revised: RevisedAnswers | None,
+    ) -> "list[_Contest]":
+        """With the answers of the tables first, then with revised ones, in the eyes of one teacher."""
         fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
         uniform = [path for path in tree.paths if path.is_uniform]
-        others = None if corrected is None else corrected[0]
-        single, weighed = judged_errors(outcomes, uniform, fold, teacher_share, others=others)
-        _, labelled = judged_errors(outcomes, uniform, fold, 0.0, others=others)
-        errors, own = _Errors(single, weighed, labelled), len(outcomes.paths)
-        plain = cls(table, tree, outcomes, errors.columns(slice(own)), prices, fold)
-        if corrected is None:
-            return plain, None
-        answers, dearer = corrected
-        return plain, cls(table, tree, answers, errors.columns(slice(own, None)), prices, fold, dearer)
+        others = {} if revised is None else revised.answers
+        judge = partial(judged_errors, outcomes, uniform, fold, others=list(others.values()))
+        errors, begin = _Errors(*judge(teacher_share), judge(0.0)[1]), len(outcomes.paths)
+        made = [cls(OWN, table, table, tree, outcomes, errors.columns(slice(begin)), prices, fold)]
+        for kind, answers in others.items():
+            assert revised is not None  # there are others
+            own = slice(begin, begin := begin + len(answers.paths))
+            dearer = revised.revisions.dearer(kind, table)
+            made.append(cls(kind, table, dearer, tree, answers, errors.columns(own), prices, fold))
+        return made
 
     @cached_property
     def uniform(self) -> list[Path]:
         """Uniform paths by ascending cost."""
         paths = [path for path in self.tree.paths if path.is_uniform]
         return sorted(paths, key=lambda path: float(self.costs_of((path,))[0]))
+
+    @property
+    def sums(self) -> bool:
+        """Whether an answer counts those of all exits before."""
+        return self.answers in (SUMMED, SUMMED_CORRECTED)
 
     @property
     def searched(self) -> list[Path]:
@@ -382,13 +340,15 @@ class _Contest:
         return [self.tree.ladder(bits) for bits in self.tree.bits]
 
     def costs_of(self, looks: tuple[Path, ...]) -> NDArray[np.float64]:
-        return relative(look_costs(self.dearer or self.table, looks), self.table, self.tree)
+        return relative(look_costs(self.dearer, looks), self.table, self.tree)
 
     def search(self, max_looks: int) -> dict[_Contestant, list[int]]:
         """The cascades that do best where they are tuned, and at which prices each is among the best.
 
         Of one look more, only those are tried that extend a kept one; looks stand by ascending cost.
         """
+        if self.sums:
+            return {}
         order = {path: k for k, path in enumerate(self.searched)}
         found: dict[_Contestant, NDArray[np.float64]] = {}
         best: dict[_Contestant, list[int]] = {}
@@ -404,8 +364,8 @@ class _Contest:
         return best
 
     def simple_trials(self) -> list[_Trial]:
-        """Static paths and ladders, at every price."""
-        simple = [_Contestant((path,), SEARCHED_WITH) for path in self.uniform]
+        """Static paths and ladders, at every price; of answers that are summed ladders alone."""
+        simple = [] if self.sums else [_Contestant((path,), SEARCHED_WITH) for path in self.uniform]
         simple += [_Contestant(ladder, measure) for ladder in self.ladders for measure in CONFIDENCES]
         return [self.trial(each, range(len(self.prices))) for each in simple]
 
@@ -428,7 +388,7 @@ class _Contest:
             self,
             contestant,
             {
-                k: trimmed(contestant.looks, contestant.measure, v.tolist(), corrected=self.dearer is not None)
+                k: trimmed(contestant.looks, contestant.measure, v.tolist(), answers=self.answers)
                 for k, v in zip(at, thresholds, strict=True)
             },
             dict(zip(at, shown, strict=True)),

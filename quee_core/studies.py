@@ -15,7 +15,6 @@ from quee_core.baselines import PolicyPair
 from quee_core.clusters import cluster
 from quee_core.comparison import outcomes_key, run_outcomes
 from quee_core.config import SweepConfig, parse_config
-from quee_core.corrections import Corrections
 from quee_core.deployment import OperatingPoint, RouterManifest, load_policy
 from quee_core.errors import ConfigError
 from quee_core.evaluation import MeasuredFront, PricedTree, gate_decisions, measure, share_rows
@@ -27,6 +26,7 @@ from quee_core.paths import ROOT, Path, PathTree
 from quee_core.policy import GatePolicy
 from quee_core.predictors.quality import brier, expected_calibration_error, rmse
 from quee_core.record import ShareRow, SweepRecord
+from quee_core.revisions import Revisions
 from quee_core.runs import router_folder
 from quee_core.shipping import GateFront, GateRule, rule_decisions
 from quee_core.store import Store
@@ -99,7 +99,7 @@ class FinishedTables:
     manifest: RouterManifest
     policy: GatePolicy
     projection_macs: int
-    corrections: Corrections | None
+    revisions: Revisions | None
     target: Outcomes
     select: Outcomes
     test: Outcomes
@@ -110,11 +110,11 @@ class FinishedTables:
         """Those of the run in `folder`. Raises StoreError where they are gone, ConfigError for settings of another
         version.
         """
-        policy, exits, corrections, manifest = load_policy(router_folder(folder))
+        policy, exits, revisions, manifest = load_policy(router_folder(folder))
         config = parse_config(record.config, source=f"{folder}: settings in its record")
         key = outcomes_key(folder, "target") + outcomes_key(folder, "select")
         outcomes = run_outcomes(folder)
-        return cls(record, config, manifest, policy, exits.projection_macs, corrections, *outcomes, key)
+        return cls(record, config, manifest, policy, exits.projection_macs, revisions, *outcomes, key)
 
     @property
     def tree(self) -> PathTree:
@@ -159,9 +159,7 @@ def class_shares(tables: FinishedTables, point: OperatingPoint) -> tuple[ShareRo
     if isinstance(rule, GateRule):
         decisions = gate_decisions(tables.policy, tables.costs, np.array([rule.price]), tables.test)
         gates = GateFront(decisions, tables.costs)
-    ours = rule_decisions(
-        [point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates, tables.corrections
-    )
+    ours = rule_decisions([point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates, tables.revisions)
     front = MeasuredFront(ours.decisions, ours.cost, ours.correct)
     return share_rows(front, tables.tree, tables.test, tables.record.class_names)
 

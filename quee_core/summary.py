@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core import __version__
-from quee_core.corrections import Corrections
 from quee_core.costs import CostTable, Macs, backbone_macs
 from quee_core.errors import NumericError
 from quee_core.evaluation import (
@@ -36,6 +35,7 @@ from quee_core.plan import SweepPlan
 from quee_core.policy import GatePolicy
 from quee_core.record import GridRow, SegmentCost, SweepRecord, images_key
 from quee_core.redaction import redacted
+from quee_core.revisions import Revisions
 from quee_core.shipping import Shipped
 from quee_core.tables import Outcomes
 
@@ -107,7 +107,7 @@ def summarise(
     winner: Winner,
     winner_gates: tuple[Sequence[float], Sequence[float]],
     shipped: Sequence[Shipped],
-    corrections: Corrections | None,
+    revisions: Revisions | None,
     priced: PricedTree,
     outcomes: tuple[Outcomes, Outcomes, Outcomes],
     device: str,
@@ -115,7 +115,7 @@ def summarise(
     """The record of a sweep, without timings.
 
     tables: BitOps and milliseconds; winner_gates: the winner's gates in both. shipped: the rules of quee's front.
-    corrections: of their answers. outcomes: target, select and test.
+    revisions: of their answers. outcomes: target, select and test.
     """
     config, settings = plan.config, plan.config.evaluation
     target, _, test = outcomes
@@ -123,7 +123,7 @@ def summarise(
     low = float(priced.final.min())
     classes = plan.dataset.description.classes
     fronts = all_fronts(
-        winner.policy, winner.gates, shipped, priced, outcomes, prices, len(classes), settings, corrections
+        winner.policy, winner.gates, shipped, priced, outcomes, prices, len(classes), settings, revisions
     )
     budgets = budget_rows(fronts, settings, low)
     full_accuracy = float(1 - test.errors[:, plan.tree.index[plan.tree.full_path]].mean())

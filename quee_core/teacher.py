@@ -35,22 +35,23 @@ class _Evidence:
 
 
 def error_probabilities(
-    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], *, others: Outcomes | None = None
+    outcomes: Outcomes, paths: Sequence[Path], fold: NDArray[np.int64], *, others: Sequence[Outcomes] = ()
 ) -> NDArray[np.float64]:
     """Probability that each path's answer is wrong, float64 [n, P], aligned with `outcomes.paths`, then with those of
     `others`, more answers to the same images.
 
-    The teacher is the product of what `paths` and all of `others` say, each raised to a weight of its own, normalised;
-    the weights are fitted to labels. It judges the images of each fold by weights fitted on the other folds. paths: the
-    last one, the most accurate, names the classes that are told apart, as many as tables hold; all others share the
-    frequency at which the label is none of them. fold: int [n]. Images without a label are judged as all others are.
+    The teacher is the product of what `paths`, and all paths of the first of `others`, say, each raised to a weight of
+    its own, normalised; the weights are fitted to labels. It judges the images of each fold by weights fitted on the
+    other folds. paths: the last one, the most accurate, names the classes that are told apart, as many as tables hold;
+    all others share the frequency at which the label is none of them. fold: int [n]. Images without a label are judged
+    as all others are.
     Raises ShapeMismatchError for a path without a table, folds or other answers of other images.
     """
     if fold.shape != (outcomes.images,):
         raise ShapeMismatchError(f"folds {fold.shape} of {outcomes.images} images")
-    given = [outcomes] if others is None else [outcomes, others]
-    if others is not None and not np.array_equal(others.labels, outcomes.labels):
-        raise ShapeMismatchError(f"answers to {others.images} other images than the {outcomes.images}")
+    given = [outcomes, *others]
+    if any(not np.array_equal(answers.labels, outcomes.labels) for answers in others):
+        raise ShapeMismatchError(f"answers to other images than the {outcomes.images} given")
     classes = max(map(_class_count, given))
     evidence = _evidence(outcomes, paths, classes, others)
     named = evidence.classes.shape[1]
@@ -60,7 +61,7 @@ def error_probabilities(
         seen = (np.ones_like(held) if held.all() else ~held) & (outcomes.labels != UNKNOWN_LABEL)
         known = seen & (evidence.truth >= 0)
         share = known.sum() / seen.sum() if seen.any() else 1.0
-        weights = _fit(evidence.log_p[known], evidence.truth[known])
+        weights = fitted_weights(evidence.log_p[known], evidence.truth[known])
         believed[held] = share * softmax(np.einsum("npk,p->nk", evidence.log_p[held], weights), axis=1)
         elsewhere[held] = (1 - share) / max(1, classes - named)
     predicted = np.concatenate([answers.predicted for answers in given], axis=1)
@@ -77,7 +78,7 @@ def judged_errors(
     fold: NDArray[np.int64],
     teacher_share: float,
     *,
-    others: Outcomes | None = None,
+    others: Sequence[Outcomes] = (),
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Errors of every path's answers as labels and the teacher together tell them: image by image, and for means.
 
@@ -88,7 +89,7 @@ def judged_errors(
     [0, 1]. Where all images have labels both are the same. paths, fold, others: see `error_probabilities`, which also
     says how columns are aligned, and what is raised.
     """
-    known, given = outcomes.labels != UNKNOWN_LABEL, [outcomes] if others is None else [outcomes, others]
+    known, given = outcomes.labels != UNKNOWN_LABEL, [outcomes, *others]
     errors = np.concatenate([answers.errors for answers in given], axis=1).astype(np.float64)
     if not teacher_share and known.all():
         return errors, errors
@@ -97,10 +98,10 @@ def judged_errors(
     return believed + surprise, believed + surprise / max(known.mean(), 1 / len(known))
 
 
-def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int, others: Outcomes | None) -> _Evidence:
+def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int, others: Sequence[Outcomes]) -> _Evidence:
     heard = [(outcomes, outcomes.position(path)) for path in paths]
     classes = outcomes.top_class[:, heard[-1][1]]
-    heard += [] if others is None else [(others, position) for position in range(len(others.paths))]
+    heard += [(first, position) for first in others[:1] for position in range(len(first.paths))]
     columns = []
     for answers, position in heard:
         said = answers.top_p[:, position].astype(np.float64)
@@ -118,8 +119,10 @@ def _class_count(outcomes: Outcomes) -> int:
     return 1 + int(max(outcomes.labels.max(), outcomes.predicted.max(), outcomes.top_class.max()))
 
 
-def _fit(log_p: NDArray[np.float64], truth: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Weights float64 [paths] of least cross-entropy, a convex problem; equal ones where there is nothing to fit to."""
+def fitted_weights(log_p: NDArray[np.float64], truth: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Weights float64 [paths] of logits [n, paths, classes], whose weighted sums tell the `truth`, int [n], best.
+
+    By cross-entropy, a convex problem; equal ones where there is nothing to fit to."""
     n, paths, _ = log_p.shape
     start = np.full(paths, 1 / paths)
     if n == 0:

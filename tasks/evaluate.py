@@ -18,8 +18,9 @@ from quee_core.plan import WALKED
 from quee_core.policy import GatePolicy
 from quee_core.record import StageTiming, SweepRecord
 from quee_core.report.page import render
+from quee_core.revisions import RevisedAnswers
 from quee_core.runs import report_path, router_folder, write_record, write_text
-from quee_core.shipping import CorrectedAnswers, GateFront, choose_rules
+from quee_core.shipping import GateFront, choose_rules
 from quee_core.stages import costs_of, device_name, stored_floats
 from quee_core.summary import choose_winner, summarise
 from quee_core.tables import Outcomes
@@ -83,7 +84,7 @@ def _evaluated(sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], ro
     prices = sweep.prices.grid()
     on_select = GateFront(gate_decisions(winner.policy, winner.costs, prices, select), winner.costs)
     unlabelled = outcomes.get(UNLABELLED)
-    corrected = CorrectedAnswers.of(
+    revised = RevisedAnswers.of(
         priced.table, target, select, unlabelled, len(plan.dataset.description.classes), sweep.seed,
         projection_macs=exits.projection_macs,
     )  # fmt: skip
@@ -96,14 +97,14 @@ def _evaluated(sweep: SweepConfig, assembled: Assembled, fits: list[GateFit], ro
         prices,
         sweep.seed,
         unlabelled=unlabelled,
-        corrected=corrected,
+        revised=revised,
     )
-    corrections = corrected.corrections if corrected is not None else None
+    revisions = None if revised is None else revised.revisions
     advance("evaluate", 1)
     record = summarise(
-        plan, exits, tables, winner, gates, shipped, corrections, priced, (target, select, test), device_name(device)
+        plan, exits, tables, winner, gates, shipped, revisions, priced, (target, select, test), device_name(device)
     )
-    export_winner(plan, calibration, exits, winner, priced.table, shipped, corrections, record, router)
+    export_winner(plan, calibration, exits, winner, priced.table, shipped, revisions, record, router)
     advance("evaluate", 1)
     return record
 
