@@ -21,6 +21,7 @@ from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken
 AnswerKind = Literal["own", "corrected", "summed", "corrected and summed"]
 OWN, CORRECTED, SUMMED, SUMMED_CORRECTED = ANSWERS = get_args(AnswerKind)
 REVISED: tuple[AnswerKind, ...] = (CORRECTED, SUMMED, SUMMED_CORRECTED)
+SUMS: tuple[AnswerKind, ...] = (SUMMED, SUMMED_CORRECTED)  # an answer counts what the looks before have said
 NEVER = 2.0  # a threshold above all confidences
 
 
@@ -47,17 +48,14 @@ class Cascade:
         if self.answers not in ANSWERS:
             raise ConfigError(f"answers {self.answers!r}: unknown; want one of {list(ANSWERS)}")
         last = self.looks[-1]
-        if self.is_summed and (not last.is_uniform or self.looks != tuple(last.prefixes())[1:]):
+        if self.answers != OWN and not all(look.is_uniform for look in self.looks):
+            raise InvalidPathError(f"looks {', '.join(map(str, self.looks))}: only uniform paths have revised answers")
+        if self.answers in SUMS and self.looks != tuple(last.prefixes())[1:]:
             raise InvalidPathError(f"looks {', '.join(map(str, self.looks))}: sums want all exits of one bit-width")
         if self.measure not in CONFIDENCES:
             raise ConfigError(f"measure {self.measure!r}: unknown; want one of {sorted(CONFIDENCES)}")
         if len(self.thresholds) != len(self.looks) - 1 or not all(map(math.isfinite, self.thresholds)):
             raise ConfigError(f"thresholds {self.thresholds} for {len(self.looks)} looks: want finite ones, one fewer")
-
-    @property
-    def is_summed(self) -> bool:
-        """Whether an answer counts what the looks before have said."""
-        return self.answers in (SUMMED, SUMMED_CORRECTED)
 
     def __str__(self) -> str:
         """What reproduces it: "2 > 4-4, margin ≥ 0.41" or "entropy ≤ 0.7", with as many digits as thresholds have."""
@@ -89,7 +87,7 @@ def trimmed(looks: Sequence[Path], measure: str, thresholds: Sequence[float], *,
     finite: list[float] = []
     for look, threshold in zip(looks, (*thresholds, -math.inf), strict=True):
         if threshold == math.inf:
-            if answers not in (SUMMED, SUMMED_CORRECTED):
+            if answers not in SUMS:
                 continue
             threshold = NEVER
         kept.append(look)

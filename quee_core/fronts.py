@@ -71,15 +71,20 @@ def operating_points(
     settings, paths = len(decisions.choice), errors.shape[1]
     if costs.shape not in ((paths,), (settings, paths)):
         raise ShapeMismatchError(f"costs {costs.shape}, errors {errors.shape}: want one cost a path")
-    cost, accuracy = np.empty(settings), np.empty(settings)
     image = np.arange(len(errors))
-    for k, (choice, own) in enumerate(zip(decisions.choice, np.broadcast_to(costs, (settings, paths)), strict=True)):
-        counts = np.bincount(choice, minlength=paths)
+    wrong = [np.count_nonzero(errors[image, choice]) for choice in decisions.choice]
+    return mean_costs(decisions, np.broadcast_to(costs, (settings, paths))), 1 - np.array(wrong) / len(errors)
+
+
+def mean_costs(decisions: Decisions, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean cost of every setting, float64 [settings]; costs: float64 [settings, paths]. See `operating_points`."""
+    mean = np.empty(len(decisions.choice))
+    for k, (choice, own) in enumerate(zip(decisions.choice, costs, strict=True)):
+        counts = np.bincount(choice, minlength=len(own))
         used = np.flatnonzero(counts)
         base = own[used].min()
-        cost[k] = base + counts[used] @ (own[used] - base) / len(errors)
-        accuracy[k] = 1 - np.count_nonzero(errors[image, choice]) / len(errors)
-    return cost, accuracy
+        mean[k] = base + counts[used] @ (own[used] - base) / len(choice)
+    return mean
 
 
 def pareto_mask(cost: NDArray[np.float64], accuracy: NDArray[np.float64]) -> NDArray[np.bool_]:

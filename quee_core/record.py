@@ -107,7 +107,10 @@ class CalibrationRecord(Frozen):
 
 
 class SegmentCost(Frozen):
-    """Simulated and measured cost of one piece of the network, per image."""
+    """Simulated and measured cost of one piece of the network, per image.
+
+    macs: of a gate's predictor, at `bits`, and of the embedding that it may take, at 8 bits; bitops counts them so.
+    """
 
     piece: str  # "stem", "segment 1", "head 1", "gate 1"
     bits: int

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quee_core.archive import pack, unpack
-from quee_core.cascades import CORRECTED, REVISED, SUMMED, SUMMED_CORRECTED, AnswerKind
+from quee_core.cascades import REVISED, SUMMED, SUMS, AnswerKind
 from quee_core.corrections import FIELDS, Correction, fitted_correction, log_probabilities, on_grid
 from quee_core.costs import CostTable
 from quee_core.errors import DamagedTableError, InvalidPathError
@@ -27,6 +27,7 @@ KIND = "revisions"
 FOLDS = 4
 TOGETHER = 2048  # images that are revised at a time
 SUMMED_VALUES = 4_000_000  # logits of an exit that weights of a sum are fitted to, at most
+_OF_PATHS = ("predicted", "errors", "uncertainty", "top_p", "top_class", "embedding")
 Weights = tuple[float, float]  # of what an exit says, and of what those before have said
 
 
@@ -54,27 +55,23 @@ class Revisions:
         unsummed = kind in self.sums and path.exit > 1 and (weights is None or before is None)
         if path not in self.corrections or unsummed:
             raise InvalidPathError(f"path {path}: its answers cannot be {kind}")
-        position, logits = outcomes.position(path), np.empty((outcomes.images, self.classes), np.float32)
-        for start in range(0, outcomes.images, TOGETHER):
-            rows = slice(start, start + TOGETHER)
-            log_p = log_probabilities(outcomes, position, self.classes, rows)
-            said = _said(kind, self.corrections[path], log_p, outcomes.embedding[rows, position])
-            logits[rows] = said if weights is None or before is None else _sum(weights, said, before[rows])
-        return logits
+        position = outcomes.position(path)
+        log_p = log_probabilities(outcomes, position, self.classes)
+        said = _said(kind, self.corrections[path], log_p, outcomes.embedding[:, position])
+        return said if weights is None or before is None else _sum(weights, said, before)
 
     def answers(self, kind: AnswerKind, outcomes: Outcomes) -> Outcomes:
         """What the revised paths answer, without embeddings."""
-        none, tables, before = np.zeros((outcomes.images, 1), np.float32), {}, dict[int, NDArray[np.float32]]()
+        none, tables, logits = np.zeros((outcomes.images, 1), np.float32), {}, None
         for path in _climbing(self.corrections):
-            logits = self.logits(kind, path, outcomes, before.get(path.bits[0]))
+            logits = self.logits(kind, path, outcomes, logits)
             tables[path] = feature_table(outcomes.sample_ids, outcomes.labels, logits, none)
-            before[path.bits[0]] = logits
         return Outcomes.from_tables([(path, tables[path]) for path in self.corrections])
 
     def dearer(self, kind: AnswerKind, table: CostTable) -> CostTable:
         """`table`, in BitOps, with heads whose answers are revised."""
-        extra = self.bitops if kind in (CORRECTED, SUMMED_CORRECTED) else 0.0
-        extra += 2.0 * self.classes * FULL_PRECISION**2 if kind in self.sums else 0.0
+        extra = 0.0 if kind == SUMMED else self.bitops
+        extra += 2.0 * self.classes * FULL_PRECISION**2 if kind in SUMS else 0.0
         return replace(table, heads=tuple(head + extra for head in table.heads))
 
     def to_bytes(self) -> bytes:
@@ -98,10 +95,9 @@ class Revisions:
                 )
                 for path in paths
             }  # fmt: skip
-            sums = {kind: {p: _weights(a) for p in paths if (a := arrays.get(f"{p}/{kind}")) is not None} for kind in (
-                SUMMED, SUMMED_CORRECTED)}  # fmt: skip
+            sums = {kind: {p: _weights(arrays[f"{p}/{kind}"]) for p in paths if p.exit > 1} for kind in SUMS}
             return cls(corrections, sums, int(told["classes"]), float(told["bitops"]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, InvalidPathError) as error:
             raise DamagedTableError(f"revisions: not those that quee wrote ({error!r})") from None
 
 
@@ -155,14 +151,13 @@ def fit_revisions(
     fold = np.random.default_rng([seed, images.count]).permutation(images.count) % FOLDS
     revisions = images.fitted(paths, np.arange(images.count), seed, projection_macs)
     crossed = [images.fitted(paths, np.flatnonzero(fold != k), seed, projection_macs) for k in range(FOLDS)]
-    held = [np.flatnonzero(fold == k) for k in range(FOLDS)]
-    order = np.argsort(np.concatenate(held))
-    few = [images.take(rows) for rows in held]
-    answers = {
-        kind: Outcomes.joined_answers([c.answers(kind, seen) for c, seen in zip(crossed, few, strict=True)]).take(order)
-        for kind in REVISED
-    }
-    return revisions, answers
+    crossed_answers: dict[AnswerKind, list[Outcomes]] = {kind: [] for kind in REVISED}
+    for k, fitted in enumerate(crossed):
+        held = images.take(paths, np.flatnonzero(fold == k))
+        for kind, answers in crossed_answers.items():
+            answers.append(fitted.answers(kind, held))
+    order = np.argsort(np.argsort(fold, kind="stable"))
+    return revisions, {kind: Outcomes.joined_answers(of).take(order) for kind, of in crossed_answers.items()}
 
 
 class _Images:
@@ -173,13 +168,17 @@ class _Images:
         self.labels = np.concatenate([part.labels for part in parts])
         self.count = len(self.labels)
 
-    def take(self, rows: NDArray[np.intp]) -> Outcomes:
-        """The images at `rows`, ascending."""
+    def take(self, paths: Sequence[Path], rows: NDArray[np.intp]) -> Outcomes:
+        """The images at `rows`, ascending, along `paths` alone."""
         starts = np.cumsum([0, *(part.images for part in self.parts)])
-        picked = [
-            part.take(rows[(rows >= start) & (rows < start + part.images)] - start)
-            for part, start in zip(self.parts, starts[:-1], strict=True)
-        ]
+        picked = []
+        for part, start in zip(self.parts, starts[:-1], strict=True):
+            own = rows[(rows >= start) & (rows < start + part.images)] - start
+            cells = np.ix_(own, [part.position(path) for path in paths])
+            fields = {name: getattr(part, name)[cells] for name in _OF_PATHS}
+            picked.append(
+                Outcomes(paths=tuple(paths), sample_ids=part.sample_ids[own], labels=part.labels[own], **fields)
+            )
         joined = Outcomes.joined_answers(picked)
         return replace(joined, embedding=np.concatenate([part.embedding for part in picked]))
 
@@ -188,19 +187,19 @@ class _Images:
         labels = self.labels[rows]
         some = slice(None, None, max(1, -(-len(rows) * self.classes // SUMMED_VALUES)))
         corrections: dict[Path, Correction] = {}
-        sums: dict[AnswerKind, dict[Path, Weights]] = {SUMMED: {}, SUMMED_CORRECTED: {}}
-        before: dict[tuple[AnswerKind, int], NDArray[np.float32]] = {}
+        sums: dict[AnswerKind, dict[Path, Weights]] = {kind: {} for kind in SUMS}
+        before: dict[AnswerKind, NDArray[np.float32]] = {}  # along the ladder that is being climbed
         for path in _climbing(paths):
             log_p, embedding = self._seen(path, rows)
             corrections[path] = fitted_correction(log_p, embedding, labels, seed)
             for kind, weights in sums.items():
-                said, last = _said(kind, corrections[path], log_p, embedding), (kind, path.bits[0])
+                said = _said(kind, corrections[path], log_p, embedding)
                 if path.exit > 1:
-                    both = np.stack([said[some], before[last][some]], axis=1).astype(np.float64)
+                    both = np.stack([said[some], before[kind][some]], axis=1).astype(np.float64)
                     own, earlier = fitted_weights(both, labels[some].astype(np.intp)).tolist()
                     weights[path] = own, earlier
-                    said = _sum(weights[path], said, before[last])
-                before[last] = said
+                    said = _sum(weights[path], said, before[kind])
+                before[kind] = said
         bitops = max(one.bitops(projection_macs) for one in corrections.values())
         return Revisions({path: corrections[path] for path in paths}, sums, self.classes, bitops)
 
@@ -220,12 +219,18 @@ def _said(
     kind: AnswerKind, correction: Correction, log_p: NDArray[np.float32], embedding: NDArray[np.float16]
 ) -> NDArray[np.float32]:
     """What an exit says by itself, float32 [n, classes]."""
-    return on_grid(log_p).astype(np.float32) if kind == SUMMED else correction(log_p, embedding)
+    said = np.empty_like(log_p)
+    for start in range(0, len(log_p), TOGETHER):
+        rows = slice(start, start + TOGETHER)
+        said[rows] = on_grid(log_p[rows]) if kind == SUMMED else correction(log_p[rows], embedding[rows])
+    return said
 
 
 def _sum(weights: Weights, said: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float32]:
-    own, earlier = weights
-    summed: NDArray[np.float32] = (own * said.astype(np.float64) + earlier * before.astype(np.float64)).astype("f4")
+    summed = np.empty_like(said)
+    for start in range(0, len(said), TOGETHER):
+        rows = slice(start, start + TOGETHER)
+        summed[rows] = weights[0] * said[rows].astype(np.float64) + weights[1] * before[rows].astype(np.float64)
     return summed
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quee_core.cascades import OWN, AnswerKind, Cascade, look_costs
+from quee_core.cascades import OWN, SUMMED, AnswerKind, Cascade, look_costs
 from quee_core.costs import CostTable, path_costs, relative
 from quee_core.errors import InvalidPathError, ShapeMismatchError
 from quee_core.gates import EXIT_NOW, GateTable, check_prices, gate_tables, next_actions
@@ -111,7 +111,12 @@ class Router(nn.Module):
             logits: NDArray[np.float32] = self.network.logits(look.exit, tokens).float().cpu().numpy()
             return logits
         # of what a table would hold, to which revisions were fitted
-        table = answer_table(look, self.network.answer(look.exit, tokens))
+        if answers == SUMMED:  # which no embedding counts in
+            logits = self.network.logits(look.exit, tokens).float().cpu().numpy()
+            answer = Answer(logits, np.zeros((len(logits), 1), np.float32))
+        else:
+            answer = self.network.answer(look.exit, tokens)
+        table = answer_table(look, answer)
         return self.revisions.logits(answers, look, table, before)
 
     def _tokens(self, look: Path, known: dict[Path, Tensor], later: Sequence[Path]) -> Tensor:

@@ -11,21 +11,20 @@ bias on unlabelled images cannot decide it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.cascades import OWN, SUMMED, SUMMED_CORRECTED, AnswerKind, Cascade, decisions_of, look_costs, trimmed
+from quee_core.cascades import OWN, SUMS, AnswerKind, Cascade, decisions_of, look_costs, trimmed
 from quee_core.costs import CostTable, relative
 from quee_core.errors import ShapeMismatchError
-from quee_core.fronts import Decisions, choose_points
+from quee_core.fronts import Decisions, choose_points, mean_costs
 from quee_core.gates import check_prices
 from quee_core.paths import Path, PathTree
 from quee_core.revisions import RevisedAnswers, Revisions
 from quee_core.tables import Outcomes
-from quee_core.teacher import judged_errors
+from quee_core.teacher import JudgedErrors, judged_errors
 from quee_core.thresholds import CONFIDENCES, confidence_of, exits_taken, tune_thresholds
 
 FOLDS = 4
@@ -89,7 +88,7 @@ class RuleDecisions:
     @property
     def cost(self) -> NDArray[np.float64]:
         """Mean relative cost of each rule, float64 [rules]."""
-        return np.array([own[choice].mean() for own, choice in zip(self.costs, self.decisions.choice, strict=True)])
+        return mean_costs(self.decisions, self.costs)
 
 
 def choose_rules(
@@ -114,11 +113,11 @@ def choose_rules(
 
     Thresholds are tuned on `target`, `select` and `unlabelled` together; which rule wins at a price is seen in
     cross-validation, or for the gates, whose predictors were fitted on `target`, on `select`. The full path is the
-    last, unless another rule is clearly more accurate: that fewer bits are as good is more than so few images can show.
-    Which looks make a cascade was searched for on all of these images, and the gates' training was stopped, and their
-    grid ranked, on `select`: a favour to both that the standard errors outweigh. Rules that time-sharing among others
-    beats are dropped, by what each gives where it was tuned: all are flattered alike there, and cross-validation's
-    noise would drop good ones.
+    last, unless another rule is clearly more accurate and no dearer: that fewer bits are as good is more than so few
+    images can show. Which looks make a cascade was searched for on all of these images, and the gates' training was
+    stopped, and their grid ranked, on `select`: a favour to both that the standard errors outweigh. Rules that
+    time-sharing among others beats are dropped, by what each gives where it was tuned: all are flattered alike there,
+    and cross-validation's noise would drop good ones.
     Raises ConfigError for bad prices, ShapeMismatchError where the gates' prices are not `prices`.
     """
     grid = check_prices(prices)
@@ -132,16 +131,16 @@ def choose_rules(
     others = [each.trial(rule, at) for each in contests for rule, at in each.search(max_looks).items()]
     points = [_winner(k, trials, others) for k in range(len(picked))]
     if gates is not None:
-        wrong, image = contest.errors.single[-select.images :], np.arange(select.images)
+        wrong, image, cheapest = contest.errors.single[-select.images :], np.arange(select.images), gates.costs.min()
         points = [
-            _against_gates(point, wrong[image, taken], gates.costs[taken], float(gates.costs.min()))
+            _against_gates(point, wrong[image, taken], select.errors[image, taken], gates.costs[taken], float(cheapest))
             for taken, point in zip(gates.decisions.choice[picked], points, strict=True)
         ]
     points.append(contest.static(trials, contest.uniform[0], len(picked) - 1))
     full = contest.static(trials, tree.full_path, 0)
     most_accurate = points[0]
     points = list({str(point.rule): point for point in points}.values())
-    if not most_accurate.clearly_more_accurate_than(full):
+    if most_accurate.cost > full.cost or not most_accurate.clearly_more_accurate_than(full):
         points = [*(point for point in points if point.cost < full.cost), full]
     kept = choose_points(np.array([p.cost for p in points]), np.array([p.tuned_accuracy for p in points]))
     if points[-1] is full and len(points) - 1 not in kept:
@@ -225,8 +224,9 @@ class _Point:
     """A rule, and what it showed.
 
     costs, wrong: cost and error of each image that it was not tuned on, float64 [n], or for the gates [select]: the
-    last images. weighed, labelled: the same errors, for means (`_Contest`), float64 [n]; of the gates they are `wrong`.
-    cost, tuned_accuracy: means where it was tuned. accuracy: mean where it was not.
+    last images. weighed, labelled: the same errors, for means (`JudgedErrors`); of the gates they are `wrong`. told:
+    the same, as labels alone say; of images without one it means nothing. cost, tuned_accuracy: means where it was
+    tuned. accuracy: mean where it was not.
     """
 
     rule: Rule
@@ -235,6 +235,7 @@ class _Point:
     wrong: NDArray[np.float64]
     weighed: NDArray[np.float64]
     labelled: NDArray[np.float64]
+    told: NDArray[np.float64]
     cost: float
     tuned_accuracy: float
     accuracy: float
@@ -244,34 +245,18 @@ class _Point:
 
         On the images that both were seen on; gates on those of `select`, all of which have labels.
         """
-        return self._is_better(other, price, "weighed")
+        return self._is_better(other, price, "weighed", "wrong")
 
     def clearly_more_accurate_than(self, other: "_Point") -> bool:
         """The same of mean errors, by labels alone: a teacher thinks well of rules that ask many paths, as it does."""
-        return self._is_better(other, 0.0, "labelled")
+        return self._is_better(other, 0.0, "labelled", "told")
 
-    def _is_better(self, other: "_Point", price: float, errors: Literal["weighed", "labelled"]) -> bool:
+    def _is_better(self, other: "_Point", price: float, errors: str, errors_on_select: str) -> bool:
         gates = isinstance(self.rule, GateRule) or isinstance(other.rule, GateRule)
-        own, rival = (getattr(each, "wrong" if gates else errors) for each in (self, other))
+        own, rival = (getattr(each, errors_on_select if gates else errors) for each in (self, other))
         common = min(len(own), len(rival))
         gain = (rival + price * other.costs)[-common:] - (own + price * self.costs)[-common:]
         return bool(gain.mean() > BETTER_BY * gain.std() / np.sqrt(common) and gain.mean() > 0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Errors:
-    """Errors of P answers to n images, float64 [n, P], as label and teacher tell them (`teacher.judged_errors`).
-
-    single: image by image. weighed: for means. labelled: for means as labels tell them, without a teacher's bias.
-    """
-
-    single: NDArray[np.float64]
-    weighed: NDArray[np.float64]
-    labelled: NDArray[np.float64]
-
-    def columns(self, part: slice) -> "_Errors":
-        """Those of some answers."""
-        return _Errors(self.single[:, part], self.weighed[:, part], self.labelled[:, part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +272,7 @@ class _Contest:
     dearer: CostTable
     tree: PathTree
     outcomes: Outcomes
-    errors: _Errors
+    errors: JudgedErrors
     prices: NDArray[np.float64]
     fold: NDArray[np.int64]
 
@@ -305,12 +290,13 @@ class _Contest:
         """With the answers of the tables first, then with revised ones, in the eyes of one teacher."""
         fold = np.random.default_rng([seed, outcomes.images]).permutation(outcomes.images) % FOLDS
         uniform = [path for path in tree.paths if path.is_uniform]
-        others = {} if revised is None else revised.answers
-        judge = partial(judged_errors, outcomes, uniform, fold, others=list(others.values()))
-        errors, begin = _Errors(*judge(teacher_share), judge(0.0)[1]), len(outcomes.paths)
+        others = () if revised is None else tuple(revised.answers.values())
+        errors = judged_errors(outcomes, uniform, fold, teacher_share, others=others)
+        begin = len(outcomes.paths)
         made = [cls(OWN, table, table, tree, outcomes, errors.columns(slice(begin)), prices, fold)]
-        for kind, answers in others.items():
-            assert revised is not None  # there are others
+        if revised is None:
+            return made
+        for kind, answers in revised.answers.items():
             own = slice(begin, begin := begin + len(answers.paths))
             dearer = revised.revisions.dearer(kind, table)
             made.append(cls(kind, table, dearer, tree, answers, errors.columns(own), prices, fold))
@@ -321,11 +307,6 @@ class _Contest:
         """Uniform paths by ascending cost."""
         paths = [path for path in self.tree.paths if path.is_uniform]
         return sorted(paths, key=lambda path: float(self.costs_of((path,))[0]))
-
-    @property
-    def sums(self) -> bool:
-        """Whether an answer counts those of all exits before."""
-        return self.answers in (SUMMED, SUMMED_CORRECTED)
 
     @property
     def searched(self) -> list[Path]:
@@ -347,7 +328,7 @@ class _Contest:
 
         Of one look more, only those are tried that extend a kept one; looks stand by ascending cost.
         """
-        if self.sums:
+        if self.answers in SUMS:
             return {}
         order = {path: k for k, path in enumerate(self.searched)}
         found: dict[_Contestant, NDArray[np.float64]] = {}
@@ -365,7 +346,7 @@ class _Contest:
 
     def simple_trials(self) -> list[_Trial]:
         """Static paths and ladders, at every price; of answers that are summed ladders alone."""
-        simple = [] if self.sums else [_Contestant((path,), SEARCHED_WITH) for path in self.uniform]
+        simple = [] if self.answers in SUMS else [_Contestant((path,), SEARCHED_WITH) for path in self.uniform]
         simple += [_Contestant(ladder, measure) for ladder in self.ladders for measure in CONFIDENCES]
         return [self.trial(each, range(len(self.prices))) for each in simple]
 
@@ -445,6 +426,7 @@ def _point(trial: _Trial, k: int) -> _Point:
         wrong=wrong,
         weighed=contest.errors.weighed[image, answer],
         labelled=contest.errors.labelled[image, answer],
+        told=contest.outcomes.errors[image, answer].astype(np.float64),
         cost=cost,
         tuned_accuracy=1 - error,
         accuracy=1 - float(wrong.mean()),
@@ -465,10 +447,12 @@ def _mean_errors(taken: NDArray[np.integer], errors: NDArray[np.float64]) -> NDA
     return wrong
 
 
-def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.float64], cheapest: float) -> _Point:
+def _against_gates(
+    point: _Point, wrong: NDArray[np.float64], told: NDArray[np.bool_], costs: NDArray[np.float64], cheapest: float
+) -> _Point:
     """`point`, or the gates' rule where it is clearly better on `select`, whose images are the last ones.
 
-    wrong, costs: float64 [select], of the gates there. What `point` shows on all images, set right by the difference
+    wrong, told, costs: [select], of the gates there. What `point` shows on all images, set right by the difference
     that the gates make on `select`, is what they would show on all. cheapest: least that an image can cost them.
     """
     behind = slice(-len(wrong), None)
@@ -481,6 +465,7 @@ def _against_gates(point: _Point, wrong: NDArray[np.float64], costs: NDArray[np.
         wrong=wrong,
         weighed=wrong,
         labelled=wrong,
+        told=told.astype(np.float64),
         cost=max(cheapest, point.cost + dearer),
         tuned_accuracy=point.tuned_accuracy - worse,
         accuracy=float(np.clip(point.accuracy - worse, 0, 1)),

@@ -72,6 +72,26 @@ def error_probabilities(
     return np.clip(wrong, 0.0, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class JudgedErrors:
+    """Errors of P answers to n images, float64 [n, P], as labels and the teacher tell them.
+
+    single: image by image, in [0, 1]: the label's error and the teacher's probability, each with its share; the
+    teacher's alone where there is no label. weighed: for means. What labels say beyond the teacher stands for all
+    images, those without included: a mean is as free of the teacher's bias as if all had labels (prediction-powered
+    inference: Angelopoulos et al., Science 382, 2023). Single values may lie outside [0, 1]; where all images have
+    labels they are those of `single`. labelled: for means too, the teacher's share 0, so without its bias.
+    """
+
+    single: NDArray[np.float64]
+    weighed: NDArray[np.float64]
+    labelled: NDArray[np.float64]
+
+    def columns(self, part: slice) -> "JudgedErrors":
+        """Those of some answers."""
+        return JudgedErrors(self.single[:, part], self.weighed[:, part], self.labelled[:, part])
+
+
 def judged_errors(
     outcomes: Outcomes,
     paths: Sequence[Path],
@@ -79,23 +99,19 @@ def judged_errors(
     teacher_share: float,
     *,
     others: Sequence[Outcomes] = (),
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Errors of every path's answers as labels and the teacher together tell them: image by image, and for means.
+) -> JudgedErrors:
+    """Errors of every path's answers. teacher_share: of the teacher where there is a label.
 
-    Both float64 [n, P]. The first is the label's error with weight 1 - `teacher_share` and the teacher's probability
-    with the rest, or the teacher's alone where there is no label; in [0, 1]. In the second, what labels say beyond the
-    teacher stands for all images, those without included: a mean over images is as free of the teacher's bias as if
-    all had labels (prediction-powered inference: Angelopoulos et al., Science 382, 2023). Single values may lie outside
-    [0, 1]. Where all images have labels both are the same. paths, fold, others: see `error_probabilities`, which also
-    says how columns are aligned, and what is raised.
+    paths, fold, others: see `error_probabilities`, which also says how columns are aligned, and what is raised.
     """
     known, given = outcomes.labels != UNKNOWN_LABEL, [outcomes, *others]
     errors = np.concatenate([answers.errors for answers in given], axis=1).astype(np.float64)
     if not teacher_share and known.all():
-        return errors, errors
+        return JudgedErrors(errors, errors, errors)
     believed = error_probabilities(outcomes, paths, fold, others=others)
-    surprise = np.where(known[:, None], (1 - teacher_share) * (errors - believed), 0.0)
-    return believed + surprise, believed + surprise / max(known.mean(), 1 / len(known))
+    surprise = np.where(known[:, None], errors - believed, 0.0)
+    single, share = believed + (1 - teacher_share) * surprise, max(known.mean(), 1 / len(known))
+    return JudgedErrors(single, believed + (1 - teacher_share) * surprise / share, believed + surprise / share)
 
 
 def _evidence(outcomes: Outcomes, paths: Sequence[Path], count: int, others: Sequence[Outcomes]) -> _Evidence:
@@ -122,7 +138,8 @@ def _class_count(outcomes: Outcomes) -> int:
 def fitted_weights(log_p: NDArray[np.float64], truth: NDArray[np.intp]) -> NDArray[np.float64]:
     """Weights float64 [paths] of logits [n, paths, classes], whose weighted sums tell the `truth`, int [n], best.
 
-    By cross-entropy, a convex problem; equal ones where there is nothing to fit to."""
+    By cross-entropy, a convex problem; equal ones where there is nothing to fit to.
+    """
     n, paths, _ = log_p.shape
     start = np.full(paths, 1 / paths)
     if n == 0:

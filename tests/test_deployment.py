@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from quee_core.backbones.registry import blank_backbone
-from quee_core.cascades import Cascade
+from quee_core.cascades import SUMMED_CORRECTED, Cascade
 from quee_core.costs import bitops_table
 from quee_core.deployment import OperatingPoint, load_router, plain_rule, router_digest, save_router
 from quee_core.errors import ConfigError, DamagedTableError, StoreError
@@ -20,12 +20,16 @@ from quee_core.gate_costs import gate_bitops
 from quee_core.grid import assemble, fit_gate, grid_points
 from quee_core.paths import Path as BitPath
 from quee_core.policy import GatePolicy
+from quee_core.revisions import fit_revisions
 from quee_core.router import Router
 from quee_core.shipping import GateRule
 from tests.conftest import SmallSweep
 
 PRICE = 0.05
-CASCADE = Cascade((BitPath((2,)), BitPath((8, 8))), "margin", (0.1 + 0.2,))  # a float that has no short decimal
+CASCADE = Cascade(
+    (BitPath((8,)), BitPath((8, 8))), "margin", (0.1 + 0.2,), SUMMED_CORRECTED
+)  # a float that has no short decimal
+PLAIN = Cascade((BitPath((2,)), BitPath((8, 8))), "margin", (0.3,))
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ def saved(small_sweep: SmallSweep, tmp_path_factory: pytest.TempPathFactory) -> 
     assert isinstance(policy, GatePolicy), policy
     table = bitops_table(plan.loaded.backbone, small_sweep.exits.head_macs(), plan.tree.bits)
     table = table.with_gates(gate_bitops(policy, projection_macs=small_sweep.exits.projection_macs))
+    revisions, _ = fit_revisions(
+        (small_sweep.target, small_sweep.select), [path for path in plan.tree.paths if path.is_uniform],
+        len(plan.dataset.description.classes), 0, projection_macs=small_sweep.exits.projection_macs,
+    )  # fmt: skip
     folder = tmp_path_factory.mktemp("run") / "router"
     save_router(
         folder, run="small", dataset="fashion_mnist", backbone=plan.loaded.backbone, preprocessing=plan.preprocessing,
         class_names=plan.dataset.description.classes, calibration=small_sweep.calibration, exits=small_sweep.exits,
-        policy=policy, table=table, full_cost=1e9,
+        policy=policy, table=table, full_cost=1e9, revisions=revisions,
         points=(
             OperatingPoint(rule=plain_rule(CASCADE), price=0.5, cost=0.3, accuracy=0.8, low=0.7, high=0.9, n=120,
                            chosen_cost=0.3, chosen_accuracy=0.8),
@@ -61,7 +69,7 @@ def saved(small_sweep: SmallSweep, tmp_path_factory: pytest.TempPathFactory) -> 
         ),
     )  # fmt: skip
     images = next(plan.batches(plan.splits["test"])).images[:40]
-    return Saved(folder, Router(small_sweep.network, policy, table), images)
+    return Saved(folder, Router(small_sweep.network, policy, table, revisions), images)
 
 
 def copied(saved: Saved, to: Path) -> Path:
@@ -74,7 +82,7 @@ def copied(saved: Saved, to: Path) -> Path:
 def test_a_loaded_router_gives_the_bits_of_the_saved_one(saved: Saved) -> None:
     loaded = load_router(saved.folder)
     assert [point.as_rule() for point in loaded.manifest.points] == [CASCADE, GateRule(PRICE)]
-    for rule in (GateRule(0.0), GateRule(PRICE), CASCADE):
+    for rule in (GateRule(0.0), GateRule(PRICE), CASCADE, PLAIN):
         want, found = saved.router(saved.images, rule), loaded.router(saved.images, rule)
         np.testing.assert_array_equal(found.path, want.path)
         np.testing.assert_array_equal(found.probabilities, want.probabilities)
@@ -88,10 +96,23 @@ def test_saving_again_gives_equal_bytes(saved: Saved, small_sweep: SmallSweep, t
         tmp_path, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
         preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
         exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
-        points=m.points,
+        points=m.points, revisions=loaded.router.revisions,
     )  # fmt: skip
     for file in saved.folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_revisions_that_no_rule_asks_for_are_not_saved(saved: Saved, small_sweep: SmallSweep, tmp_path: Path) -> None:
+    loaded = load_router(saved.folder)
+    m = loaded.manifest
+    save_router(
+        tmp_path, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
+        preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
+        exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
+        points=m.points[1:], revisions=loaded.router.revisions,
+    )  # fmt: skip
+    assert not (tmp_path / "revisions.safetensors").exists()
+    assert load_router(tmp_path).router.revisions is None
 
 
 def test_a_budget_buys_the_dearest_point_within_it(saved: Saved) -> None:
@@ -110,7 +131,7 @@ def test_a_price_buys_the_point_of_least_loss(saved: Saved) -> None:
     assert loaded.point_at(30.0).as_rule() == CASCADE
 
 
-@pytest.mark.parametrize("name", ["backbone", "calibration", "exits", "policy"])
+@pytest.mark.parametrize("name", ["backbone", "calibration", "exits", "policy", "revisions"])
 def test_a_flipped_bit_is_found_and_named(saved: Saved, tmp_path: Path, name: str) -> None:
     folder = copied(saved, tmp_path / "copy")
     file = folder / f"{name}.safetensors"

@@ -20,7 +20,7 @@ from quee_core.cascades import (
     trimmed,
 )  # fmt: skip
 from quee_core.corrections import LARGEST, Correction
-from quee_core.costs import bitops_table, path_costs, relative
+from quee_core.costs import bitops_table, path_costs
 from quee_core.data.datasets import UNKNOWN_LABEL
 from quee_core.errors import ConfigError, DamagedTableError, InvalidPathError, ShapeMismatchError
 from quee_core.grid import assemble, fit_gate, grid_points
@@ -37,7 +37,11 @@ from tests.test_cascades import TABLE
 CLASSES, DIMENSIONS, MACS = 5, 6, 700
 TREE = PathTree.of((2, 8), 2, "monotone")
 UNIFORM = [path for path in TREE.paths if path.is_uniform]
-CHEAP_STEM = replace(TABLE, stem=1.0)
+SCALE = 1e6  # beside which a correction is cheap
+BIG = replace(
+    TABLE, stem=SCALE, heads=tuple(SCALE * head for head in TABLE.heads),
+    segments={bits: tuple(SCALE * cost for cost in costs) for bits, costs in TABLE.segments.items()},
+)  # fmt: skip
 PRICES = np.concatenate([[0.0], np.geomspace(0.003, 10, 12)])
 
 
@@ -162,6 +166,8 @@ def test_they_come_back_from_their_archive_and_nothing_else_does() -> None:
         np.testing.assert_array_equal(again.answers(kind, test).top_p, revisions.answers(kind, test).top_p)
     with pytest.raises(DamagedTableError, match="not those that quee wrote"):
         Revisions.from_bytes(pack({}, {"paths": ["2"], "classes": 3, "bitops": 1.0}, kind="revisions"))
+    with pytest.raises(DamagedTableError, match="not those that quee wrote"):
+        Revisions.from_bytes(pack({}, {"paths": ["two"], "classes": 3, "bitops": 1.0}, kind="revisions"))
     with pytest.raises(InvalidPathError, match="cannot be corrected"):
         revisions.logits(CORRECTED, next(path for path in TREE.paths if not path.is_uniform), test)
     with pytest.raises(InvalidPathError, match="cannot be summed"):
@@ -171,58 +177,73 @@ def test_they_come_back_from_their_archive_and_nothing_else_does() -> None:
 class TestChoice:
     def chosen(self, revised: bool, projection_macs: int = 0) -> tuple[tuple[Shipped, ...], Revisions]:
         target, select = misled(900, 1), misled(300, 2)
-        answers = RevisedAnswers.of(CHEAP_STEM, target, select, None, CLASSES, 0, projection_macs=projection_macs)
+        answers = RevisedAnswers.of(BIG, target, select, None, CLASSES, 0, projection_macs=projection_macs)
         assert answers is not None
-        rules = choose_rules(CHEAP_STEM, TREE, target, select, None, PRICES, 0, revised=answers if revised else None)
+        rules = choose_rules(BIG, TREE, target, select, None, PRICES, 0, revised=answers if revised else None)
         return rules, answers.revisions
 
     def test_revised_answers_ship_where_they_are_worth_what_they_cost(self) -> None:
         test = misled(2000, 3)
         rules, revisions = self.chosen(revised=True)
         assert {entry.rule.answers for entry in rules if isinstance(entry.rule, Cascade)} > {OWN}
-        ours = rule_decisions(rules, CHEAP_STEM, TREE, test, None, revisions)
+        ours = rule_decisions(rules, BIG, TREE, test, None, revisions)
         plain, _ = self.chosen(revised=False)
         assert {entry.rule.answers for entry in plain if isinstance(entry.rule, Cascade)} == {OWN}
-        theirs = rule_decisions(plain, CHEAP_STEM, TREE, test)
+        theirs = rule_decisions(plain, BIG, TREE, test)
         assert ours.correct.mean(axis=1).max() > theirs.correct.mean(axis=1).max() + 0.2
         for entry, accuracy_ in zip(rules, ours.correct.mean(axis=1), strict=True):
             assert entry.accuracy < accuracy_ + 0.05  # fewer labels taught who answers there: never better
 
-    def test_dear_ones_do_not_at_high_prices(self) -> None:
-        rules, revisions = self.chosen(revised=True, projection_macs=10**6)
-        static = relative(path_costs(CHEAP_STEM, TREE.paths, evaluated="final"), CHEAP_STEM, TREE)
-        cheapest = rule_decisions(rules, CHEAP_STEM, TREE, misled(50, 3), None, revisions).cost[0]
-        assert cheapest == pytest.approx(static.min())
+    def test_dear_ones_do_not(self) -> None:
+        def kinds(projection_macs: int) -> set[str]:
+            rules, _ = self.chosen(revised=True, projection_macs=projection_macs)
+            return {entry.rule.answers for entry in rules if isinstance(entry.rule, Cascade)}
+
+        assert CORRECTED in kinds(0)
+        assert not kinds(10**7) & {CORRECTED, SUMMED_CORRECTED}
+
+    def test_a_look_costs_what_its_revised_head_does(self) -> None:
+        test = misled(300, 3)
+        _, revisions = self.chosen(revised=False, projection_macs=MACS)
+        ladder = (Path((2,)), Path((2, 2)))
+        rules = [Shipped(Cascade(ladder, "margin", (0.5,), kind), 0.1, 0.0, 0.0) for kind in (OWN, *REVISED)]
+        costs = rule_decisions(rules, BIG, TREE, test, None, revisions).costs[:, [TREE.index[p] for p in ladder]]
+        full = path_costs(BIG, [TREE.full_path], evaluated="final")[0]
+        corrects, adds = revisions.bitops, 2 * CLASSES * FULL_PRECISION**2
+        for own, extra in zip(costs[1:], (corrects, adds, corrects + adds), strict=True):
+            np.testing.assert_allclose((own - costs[0]) * full, [extra, 2 * extra])
 
     def test_unlabelled_images_are_answered_too(self) -> None:
         target, select, more = misled(90, 1), misled(30, 2), misled(70, 4)
         none = np.full(more.images, UNKNOWN_LABEL, np.int16)
         more = replace(more, labels=none, errors=np.ones_like(more.errors))
-        answers = RevisedAnswers.of(CHEAP_STEM, target, select, more, CLASSES, 0, projection_macs=0)
+        answers = RevisedAnswers.of(BIG, target, select, more, CLASSES, 0, projection_macs=0)
         assert answers is not None
         assert all(
             (of.labels == UNKNOWN_LABEL).nonzero()[0].tolist() == [*range(70)] for of in answers.answers.values()
         )
         rules = choose_rules(
-            CHEAP_STEM, TREE, target, select, None, PRICES, 0, unlabelled=more, revised=answers
+            BIG, TREE, target, select, None, PRICES, 0, unlabelled=more, revised=answers
         )  # fmt: skip
         assert len(rules) > 1
 
     def test_a_rule_without_its_revisions_is_refused(self) -> None:
         rules, _ = self.chosen(revised=True)
         with pytest.raises(ShapeMismatchError, match="no revisions"):
-            rule_decisions(rules, CHEAP_STEM, TREE, misled(50, 3))
+            rule_decisions(rules, BIG, TREE, misled(50, 3))
 
     def test_measured_time_has_none(self) -> None:
-        timed = replace(CHEAP_STEM, unit="milliseconds", batch_size=1)
+        timed = replace(BIG, unit="milliseconds", batch_size=1)
         assert RevisedAnswers.of(timed, misled(50, 1), misled(50, 2), None, CLASSES, 0, projection_macs=1) is None
 
 
 class TestSummedCascades:
     def test_they_look_along_all_exits_of_one_bit_width(self) -> None:
-        for looks in ([(2, 2)], [(2,), (8, 8)], [(2,), (2, 8)]):
+        for looks in ([(2, 2)], [(2,), (8, 8)]):
             with pytest.raises(InvalidPathError, match="all exits of one bit-width"):
                 Cascade(tuple(map(Path, looks)), "margin", (0.5,) * (len(looks) - 1), SUMMED)
+        with pytest.raises(InvalidPathError, match="only uniform paths"):
+            Cascade((Path((8, 2)),), "margin", (), CORRECTED)
         with pytest.raises(ConfigError, match="answers"):
             Cascade((Path((2,)),), "margin", (), "guessed")  # type: ignore[arg-type]
 
@@ -231,7 +252,11 @@ class TestSummedCascades:
         made = trimmed(ladder, "margin", [np.inf, -np.inf], answers=SUMMED)
         assert made.looks == tuple(ladder[:2])
         assert made.thresholds == (NEVER,)
-        assert max(float(np.max(sign)) for sign in CONFIDENCES.values()) < NEVER  # confidences end at 1
+        logits = np.full((1, CLASSES), -100, np.float32)
+        logits[0, 0] = 100  # as sure as can be
+        table = feature_table(np.arange(1), np.zeros(1, np.int16), logits, np.zeros((1, 1), np.float32))
+        for measure in CONFIDENCES:
+            assert confidence_of(Outcomes.from_tables([(Path((2,)), table)]), [0], measure).max() < NEVER
 
 
 @pytest.mark.parametrize("kind", REVISED)

@@ -106,12 +106,13 @@ def test_labels_and_teacher_are_mixed_image_by_image() -> None:
     outcomes = answers(TREE, 400, 10)
     believed = error_probabilities(outcomes, UNIFORM, folds(400))
     for share in (0.0, 0.5, 1.0):
-        errors, weighed = judged_errors(outcomes, UNIFORM, folds(400), share)
+        judged = judged_errors(outcomes, UNIFORM, folds(400), share)
+        errors, weighed = judged.single, judged.weighed
         np.testing.assert_allclose(errors, share * believed + (1 - share) * outcomes.errors, atol=1e-12)
         np.testing.assert_allclose(weighed, errors, atol=1e-12)
     known = np.arange(400) % 4 == 0
     some = replace(outcomes, labels=np.where(known, outcomes.labels, UNKNOWN_LABEL).astype(np.int16))
-    errors, _ = judged_errors(some, UNIFORM, folds(400), 0.5)
+    errors = judged_errors(some, UNIFORM, folds(400), 0.5).single
     np.testing.assert_array_equal(errors[~known], error_probabilities(some, UNIFORM, folds(400))[~known])
 
 
@@ -126,7 +127,9 @@ def test_means_are_not_the_teachers_to_bend() -> None:
         outcomes, top_p=boast, labels=np.where(known, outcomes.labels, UNKNOWN_LABEL).astype(np.int16),
         errors=outcomes.errors | ~known[:, None],
     )  # fmt: skip
-    errors, weighed = judged_errors(some, UNIFORM, folds(16_000), 0.0)
+    judged = judged_errors(some, UNIFORM, folds(16_000), 0.0)
+    errors, weighed = judged.single, judged.weighed
+    np.testing.assert_array_equal(judged.labelled, weighed)
     truth = outcomes.errors.mean(axis=0)
     off, right = np.abs(errors.mean(axis=0) - truth).max(), np.abs(weighed.mean(axis=0) - truth).max()
     assert off > 0.01
