@@ -20,13 +20,18 @@ from typing import Any
 
 import botocore.session
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from quee_core.cascades import OWN, SUMMED, SUMS, AnswerKind
 from quee_core.data.datasets import load_dataset
+from quee_core.paths import Path as BitPath
 from quee_core.record import SweepRecord, images_key
+from quee_core.revisions import Revisions
 from quee_core.runs import REPORT, read_record
+from quee_core.tables import UNCERTAINTY, Outcomes
 from tests.dask_cluster import DaskCluster, dask_cluster
 from tests.mlflow_server import MlflowServer, ModelServer, encoded
 from tests.prefect_server import PrefectServer, prefect_server, until
@@ -204,11 +209,14 @@ def serving(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def test_the_served_champion_answers_as_the_tables_and_its_rules_say(
     pipeline: Pipeline, champion: dict[str, Any], serving: ModelServer
 ) -> None:
-    """By the tables in the bucket and the rules in the model's manifest: neither network nor router is asked."""
+    """By the tables in the bucket, and the rules and revisions in the model: neither network nor router is asked."""
     assert champion["run_id"] == pipeline.parent["info"]["run_id"]
-    manifest = json.loads(pipeline.artifact(f"{champion['source']}/artifacts/router/router.json"))
+    router = f"{champion['source']}/artifacts/router"
+    manifest = json.loads(pipeline.artifact(f"{router}/router.json"))
+    kinds = {point["rule"].get("answers", OWN) for point in manifest["points"]} - {OWN}
+    revisions = Revisions.from_bytes(pipeline.artifact(f"{router}/revisions.safetensors")) if kinds else None
     tables = tables_by_path(pipeline.objects, manifest["architecture"]["exits"])
-    ids = tables[str(max(manifest["bits"]))]["sample_id"].tolist()
+    ids = tables[str(max(manifest["bits"]))]["sample_id"].to_pylist()
     dataset = load_dataset("fashion_mnist", None)
     positions = [dataset.sample_ids("test").tolist().index(sample) for sample in ids]
     images = [dataset.image("test", position) for position in positions]
@@ -225,7 +233,12 @@ def test_the_served_champion_answers_as_the_tables_and_its_rules_say(
         assert np.mean([row["cost"] for row in rows]) == pytest.approx(recorded.cost, rel=1e-9)
         if point["rule"]["kind"] == "cascade":
             looks.append(len(point["rule"]["looks"]))
-            expected = answers(point["rule"], tables, manifest["costs"])
+            seen, costs, kind = tables, manifest["costs"], point["rule"]["answers"]
+            if revisions is not None and kind != OWN:
+                seen = revised(revisions, kind, tables)
+                extra = (kind in SUMS) * 2 * len(manifest["class_names"]) * 32**2 + (kind != SUMMED) * revisions.bitops
+                costs = costs | {"heads": [head + extra for head in costs["heads"]]}
+            expected = answers(point["rule"], seen, costs)
             assert [(row["index"], row["path"]) for row in rows] == [(label, path) for label, path, _ in expected]
             assert [row["label"] for row in rows] == [manifest["class_names"][label] for label, _, _ in expected]
             assert [row["cost"] for row in rows] == pytest.approx(
@@ -242,7 +255,7 @@ def served(serving: ModelServer, images: list[Image.Image], budget: float) -> li
     return rows
 
 
-def tables_by_path(objects: dict[str, bytes], exits: list[int]) -> dict[str, pd.DataFrame]:
+def tables_by_path(objects: dict[str, bytes], exits: list[int]) -> dict[str, pa.Table]:
     """The tables of the test split; their folders name the bit-widths of all blocks, a path those of its segments."""
     tables = {}
     for key, data in objects.items():
@@ -250,13 +263,21 @@ def tables_by_path(objects: dict[str, bytes], exits: list[int]) -> dict[str, pd.
         if found:
             blocks = found[1].split("-")
             path = "-".join(blocks[exit_ - 1] for exit_ in exits if exit_ <= len(blocks))
-            tables[path] = pd.read_parquet(io.BytesIO(data))
+            tables[path] = pq.read_table(io.BytesIO(data))
     return tables
 
 
-def answers(
-    rule: dict[str, Any], tables: dict[str, pd.DataFrame], costs: dict[str, Any]
-) -> list[tuple[int, str, float]]:
+def revised(revisions: Revisions, kind: AnswerKind, tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """What uniform paths answer once their answers are revised."""
+    found = Outcomes.from_tables([(BitPath.parse(path), table) for path, table in tables.items()])
+    made, answered = revisions.answers(kind, found), {}
+    for k, path in enumerate(made.paths):
+        measures = {name: made.uncertainty[:, k, i] for i, name in enumerate(UNCERTAINTY)}
+        answered[str(path)] = pa.table({"predicted": made.predicted[:, k], **measures})
+    return answered
+
+
+def answers(rule: dict[str, Any], tables: dict[str, pa.Table], costs: dict[str, Any]) -> list[tuple[int, str, float]]:
     """Label, path and cost in BitOps of each image by a cascade, look after look."""
     answered: dict[int, tuple[int, str, float]] = {}
     cost, ran = costs["stem"], set[tuple[str, ...]]()
@@ -271,7 +292,7 @@ def answers(
         journey = " > ".join(a for n, a in enumerate(made) if not any(b.startswith(a) for b in made[n + 1 :]))
         sign = -1 if rule["measure"] == "entropy" else 1
         for row, (label, confidence) in enumerate(
-            zip(tables[look]["predicted"], sign * tables[look][rule["measure"]].astype(float), strict=True)
+            zip(tables[look]["predicted"].to_pylist(), sign * tables[look][rule["measure"]].to_numpy(), strict=True)
         ):
             if row not in answered and confidence >= threshold:
                 answered[row] = int(label), journey, cost
