@@ -170,11 +170,9 @@ class _Images:
 
     def take(self, paths: Sequence[Path], rows: NDArray[np.intp]) -> Outcomes:
         """The images at `rows`, ascending, along `paths` alone."""
-        starts = np.cumsum([0, *(part.images for part in self.parts)])
         picked = []
-        for part, start in zip(self.parts, starts[:-1], strict=True):
-            own = rows[(rows >= start) & (rows < start + part.images)] - start
-            cells = np.ix_(own, [part.position(path) for path in paths])
+        for part, own in self._by_part(rows):
+            cells = np.ix_(own, np.array([part.position(path) for path in paths]))
             fields = {name: getattr(part, name)[cells] for name in _OF_PATHS}
             picked.append(
                 Outcomes(paths=tuple(paths), sample_ids=part.sample_ids[own], labels=part.labels[own], **fields)
@@ -204,10 +202,19 @@ class _Images:
         return Revisions({path: corrections[path] for path in paths}, sums, self.classes, bitops)
 
     def _seen(self, path: Path, rows: NDArray[np.intp]) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-        positions = [part.position(path) for part in self.parts]
-        pairs = list(zip(self.parts, positions, strict=True))
-        log_p = np.concatenate([log_probabilities(part, position, self.classes) for part, position in pairs])
-        return log_p[rows], np.concatenate([part.embedding[:, position] for part, position in pairs])[rows]
+        log_p, embedding = [], []
+        for part, own in self._by_part(rows):
+            position = part.position(path)
+            log_p.append(log_probabilities(part, position, self.classes, own))
+            embedding.append(part.embedding[own, position])
+        return np.concatenate(log_p), np.concatenate(embedding)
+
+    def _by_part(self, rows: NDArray[np.intp]) -> Iterator[tuple[Outcomes, NDArray[np.intp]]]:
+        """Each part with those of `rows`, ascending, that are its own, as it counts them."""
+        start = 0
+        for part in self.parts:
+            yield part, rows[(rows >= start) & (rows < start + part.images)] - start
+            start += part.images
 
 
 def _climbing(paths: Mapping[Path, Any] | Sequence[Path]) -> Iterator[Path]:

@@ -89,28 +89,26 @@ def test_a_loaded_router_gives_the_bits_of_the_saved_one(saved: Saved) -> None:
         np.testing.assert_array_equal(found.cost, want.cost)
 
 
-def test_saving_again_gives_equal_bytes(saved: Saved, small_sweep: SmallSweep, tmp_path: Path) -> None:
+def save_again(saved: Saved, small_sweep: SmallSweep, to: Path, points: slice = slice(None)) -> None:
+    """What was loaded, with some of its operating points."""
     loaded = load_router(saved.folder)
     m = loaded.manifest
     save_router(
-        tmp_path, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
+        to, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
         preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
         exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
-        points=m.points, revisions=loaded.router.revisions,
+        points=m.points[points], revisions=loaded.router.revisions,
     )  # fmt: skip
+
+
+def test_saving_again_gives_equal_bytes(saved: Saved, small_sweep: SmallSweep, tmp_path: Path) -> None:
+    save_again(saved, small_sweep, tmp_path)
     for file in saved.folder.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_revisions_that_no_rule_asks_for_are_not_saved(saved: Saved, small_sweep: SmallSweep, tmp_path: Path) -> None:
-    loaded = load_router(saved.folder)
-    m = loaded.manifest
-    save_router(
-        tmp_path, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
-        preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
-        exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
-        points=m.points[1:], revisions=loaded.router.revisions,
-    )  # fmt: skip
+    save_again(saved, small_sweep, tmp_path, slice(1, None))
     assert not (tmp_path / "revisions.safetensors").exists()
     assert load_router(tmp_path).router.revisions is None
 
