@@ -1,7 +1,8 @@
 """The ratios that quee promises, measured in one run: `make bench` prints them beside their bounds, writes
 benchmarks/results.json, and fails if one is missed.
 
-- simulated quantisation against the float forward, at batch 256, for each bit-width (at most 1.3);
+- simulated quantisation against the float forward, at batch 256, for each bit-width (at most 1.3), on the GPU if there
+  is one, which is named first;
 - the walk of a monotone tree against its limit, tree edges x measured segment time (at least 0.8), and beside naive
   extraction, every path by itself from the images on;
 - replay of 100 prices x 10,000 images (at most 1 s);
@@ -20,18 +21,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from quee_core.config import parse_config
 from quee_core.data.loading import Batch
+from quee_core.devices import choose_device, synchronize
 from quee_core.features import walk
 from quee_core.gates import replay
 from quee_core.network import PathNetwork
 from quee_core.paths import PathTree
 from quee_core.plan import SweepPlan, resolve
 from quee_core.record import SweepRecord
-from quee_core.stages import network_of
+from quee_core.stages import device_name, network_of
 from quee_core.store import Store
 from quee_core.tables import feature_table
 
@@ -89,12 +90,13 @@ def network_figures(plan: SweepPlan, network: PathNetwork) -> list[Figure]:
     """Quantised against float, the walk against its limit and against naive extraction."""
     batch = next(plan.batches(plan.splits["test"]))
     depth, paths = plan.tree.depth, plan.tree.paths
-    tokens = network.stem(batch.images)
+    tokens = network.stem(batch.images.to(network.device))
 
     def through(bits: int) -> None:
         hidden = tokens
         for index in range(depth):
             hidden = network.run(index, bits, hidden)
+        synchronize(network.device)
 
     runs: dict[str, Callable[[], object]] = {str(b): lambda b=b: through(b) for b in (32, *BITS)}  # type: ignore[misc]
     runs["walk"] = lambda: list(walk(network, [batch], paths, images=len(batch.labels)))
@@ -115,7 +117,7 @@ def network_figures(plan: SweepPlan, network: PathNetwork) -> list[Figure]:
 def naive(plan: SweepPlan, network: PathNetwork, batch: Batch) -> None:
     """Every path's table by itself, from the images on."""
     for path in plan.tree.paths:
-        tokens = network.stem(batch.images)
+        tokens = network.stem(batch.images.to(network.device))
         for index, bits in enumerate(path.bits):
             tokens = network.run(index, bits, tokens)
         answer = network.answer(path.exit, tokens)
@@ -169,9 +171,11 @@ def main() -> None:
         "quantization": {"images": 64},
         "heads": {"epochs": 2},
     }
+    device = choose_device("auto")
+    print(device_name(device))
     figures = sweep_figures()
     plan = resolve(parse_config(raw, source="benchmark"))
-    network, _, _ = network_of(plan, Store.open("memory://quee-benchmark"), torch.device("cpu"))
+    network, _, _ = network_of(plan, Store.open("memory://quee-benchmark"), device)
     figures += network_figures(plan, network) + replay_figures()
     tell(figures, RESULTS)
 

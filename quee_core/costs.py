@@ -270,7 +270,7 @@ def measured_table(
 
     prepare: for a piece, what runs it once on `batch_size` images; only that run is timed. Asked for the stem and the
     heads at `edge` bits, by default `edge_bits(bits)`, and for each of `depth` segments at each of `bits`. synchronize:
-    waits until the device has done its work (`torch.cuda.synchronize`), where runs return before that. Each piece runs
+    waits until the device has done its work (`devices.synchronize`), where runs return before that. Each piece runs
     `warm_up` times untimed, then `repeats` times, and counts with the median. The rounds go over all pieces in turn, so
     that a machine that is slower for a while is slower for all of them.
     Raises ConfigError for counts below 1 (`warm_up`: below 0).

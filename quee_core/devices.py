@@ -31,3 +31,9 @@ def choose_devices(name: str) -> tuple[torch.device, ...]:
     if name != "auto" or first.type != "cuda":
         return (first,)
     return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was given: a GPU's operations return before that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quee_core.data.splits import image_count, subsample
+from quee_core.devices import synchronize
 from quee_core.exits import FittedExits
 from quee_core.grid import grid_points
 from quee_core.grid_units import grid_units
@@ -115,12 +116,12 @@ def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
         hidden = backbone.stem(images)
-        _finished(device)
+        synchronize(device)
         stem = time.perf_counter() - started
         started = time.perf_counter()
         for part in backbone.segments:
             hidden = part(hidden)
-        _finished(device)
+        synchronize(device)
         segments = time.perf_counter() - started
     read = 0.0
     if readable:
@@ -130,8 +131,3 @@ def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
                 pass
         read = time.perf_counter() - started
     return Pace(segments / count / backbone.depth * QUANTIZATION_OVERHEAD, (stem + read) / count)
-
-
-def _finished(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

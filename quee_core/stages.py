@@ -18,6 +18,7 @@ import torch
 
 from quee_core.costs import CostTable, Piece, bitops_table, measured_table
 from quee_core.data.splits import SplitName, image_count
+from quee_core.devices import synchronize
 from quee_core.exits import FittedExits, fit_exits
 from quee_core.features import OnImages, head_views, ignore_progress, walk
 from quee_core.fingerprints import code_version, environment_versions, fingerprint
@@ -250,7 +251,7 @@ def costs_of(
         batch_size=plan.config.cost.batch,
         edge=plan.edge_bits,
         repeats=plan.config.cost.repeats,
-        synchronize=torch.cuda.synchronize if device.type == "cuda" else None,
+        synchronize=lambda: synchronize(device),
     )
     store.put_artefact("milliseconds", key, measured.to_json().encode())
     return bitops, measured

@@ -3,8 +3,8 @@
 The operands of every product are integers held in float32. Their sums stay below 2^24 in magnitude, so they are exact
 in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
 on threads or BLAS. Where the sums of a layer could grow beyond that, they are taken in two halves, or in float64,
-which is exact up to 2^53, and then rounded to float32 once. A CPU that multiplies int8 fast takes integers that fit a
-byte as such, into int32: the same bits, in about a quarter of the time. One pass brings the integers back to real
+which is exact up to 2^53, and then rounded to float32 once. A device that multiplies int8 fast takes integers that fit
+a byte as such, into int32: the same bits, in about a quarter of the time. One pass brings the integers back to real
 values, accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations that
 treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
@@ -29,6 +29,9 @@ from quee_core.quantize.quantizers import EXACT, ActivationQuantizer, LogRoot2, 
 # Elements of the tokens that go through a part together, for each thread: few enough for what a block makes of them to
 # stay in the cache, and enough that starting operations costs little. Three times as many or as few are slower.
 _TOGETHER = 300_000
+
+# What a GPU's products of bytes ask for: that many rows at least, and sides of the weight that are multiples.
+_GPU_ROWS, _GPU_SIDES = 17, 8
 
 
 class QuantLinear(nn.Module):
@@ -55,10 +58,10 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_scale", weight_scale.clone())
         self.register_buffer("scale", weight_scale * inputs.scale)
         self.register_buffer("bias", bias.clone())
-        self.shift = _shift_to_bytes(inputs) if has_byte_products() and self.in_features > 1 else None
+        self.shift = _shift_to_bytes(inputs) if self.in_features > 1 else None
         if self.shift is not None:
             offset = integers.sum(dim=1, dtype=torch.int32) * self.shift
-            self.register_buffer("bytes", integers.to(torch.int8).T.contiguous(), persistent=False)
+            self.register_buffer("bytes", integers.to(torch.int8).contiguous(), persistent=False)
             self.register_buffer("offset", offset, persistent=False)
 
     def integers(self) -> Tensor:
@@ -68,7 +71,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         integers = self.inputs.integers(x)
-        if self.shift is not None and x.device.type == "cpu":
+        if self.shift is not None and self._multiplies_bytes(x.device):
             sums = self._by_bytes(integers, self.shift)
         elif self.parts == 1:
             sums = functional.linear(integers, self.weight)
@@ -80,10 +83,18 @@ class QuantLinear(nn.Module):
             sums = functional.linear(integers.double(), self.weight).float()
         return torch.addcmul(self.bias, sums, self.scale, out=sums)
 
+    def _multiplies_bytes(self, device: torch.device) -> bool:
+        even = device.type == "cpu" or not (self.in_features % _GPU_SIDES or self.out_features % _GPU_SIDES)
+        return even and has_byte_products(device)
+
     def _by_bytes(self, integers: Tensor, shift: int) -> Tensor:
         if shift:
             integers.sub_(shift)
-        sums = torch._int_mm(integers.to(torch.int8).reshape(-1, self.in_features), self.bytes)
+        rows = integers.to(torch.int8).reshape(-1, self.in_features)
+        count = len(rows)
+        if rows.is_cuda and count < _GPU_ROWS:
+            rows = functional.pad(rows, (0, 0, 0, _GPU_ROWS - count))
+        sums = torch._int_mm(rows, self.bytes.T)[:count]
         if shift:
             sums.add_(self.offset)
         return sums.float().view(*integers.shape[:-1], self.out_features)
@@ -252,25 +263,30 @@ def replaced(module: nn.Module, name: str, parts: Mapping[str, nn.Module]) -> nn
 class SteadyActivation(nn.Module):
     """An activation whose result for an element does not depend on where in a tensor the element stands.
 
-    torch's own GELU and sigmoid take other code for the last few elements of what a thread works on, and round
-    differently there. share: what x is multiplied with, out of operations that do not, from x to a new tensor.
+    On a CPU torch's own GELU and sigmoid take other code for the last few elements of what a thread works on, and round
+    differently there. share: what x is multiplied with, out of operations that do not, from x to a new tensor. plain:
+    torch's own, which is steady on a GPU, and one operation there.
     """
 
-    def __init__(self, share: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, share: Callable[[Tensor], Tensor], plain: nn.Module) -> None:
         super().__init__()
         self.share = share
+        self.plain = plain
 
     def forward(self, x: Tensor) -> Tensor:
         """x * share(x), float32 of the shape of `x`."""
+        if x.is_cuda:
+            activated: Tensor = self.plain(x)
+            return activated
         return self.share(x).mul_(x)
 
 
 def steady(activation: nn.Module) -> SteadyActivation | None:
     """What takes the place of `activation`; None for one that is not known to be unsteady."""
     if type(activation) is nn.GELU and activation.approximate == "tanh":
-        return SteadyActivation(_tanh_share)
+        return SteadyActivation(_tanh_share, activation)
     share = _SHARES.get(type(activation))
-    return None if share is None else SteadyActivation(share)
+    return None if share is None else SteadyActivation(share, activation)
 
 
 class InParts(nn.Module):
@@ -325,16 +341,21 @@ _SHARES: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = MappingProxyType
 
 
 @functools.cache
-def has_byte_products() -> bool:
-    """Whether this CPU multiplies matrices of int8 exactly and fast, which takes its VNNI instructions.
+def has_byte_products(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of int8 exactly and fast: a CPU with VNNI instructions, a GPU since 2018.
 
-    Without them `torch._int_mm` is slow, and in some releases sums overflowed; so it is tried once on the largest sums.
+    Without them `torch._int_mm` is slow on a CPU, and in some releases sums overflowed; an older GPU refuses it. So it
+    is tried once on the largest sums.
     """
-    if not torch.cpu._is_vnni_supported():
+    if device.type == "cpu" and not torch.cpu._is_vnni_supported():
         return False
-    rows, columns = torch.full((33, 256), -128, dtype=torch.int8), torch.full((256, 48), 127, dtype=torch.int8)
+    rows, columns = torch.full((40, 256), -128, dtype=torch.int8), torch.full((48, 256), 127, dtype=torch.int8).T
     rows[::2] = 127
-    return torch.equal(torch._int_mm(rows, columns).long(), rows.long() @ columns.long())
+    try:
+        sums = torch._int_mm(rows.to(device), columns.to(device))
+    except RuntimeError:
+        return False
+    return torch.equal(sums.cpu().long(), rows.long() @ columns.long())
 
 
 def _shift_to_bytes(inputs: ActivationQuantizer) -> int | None:
