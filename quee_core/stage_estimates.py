@@ -38,8 +38,8 @@ LONG = 0.1  # seconds, of a trial that is not repeated
 WHOLE_BLOCKS = 3.0  # times what judging layers one by one takes, where a method fits blocks as a whole
 TRIAL_WIDTH = 256  # features of a layer whose quantisers are searched for, at most
 # seconds an image, exit and bit-width: choice of rules and intervals, and the dear baselines; two cores,
-# n = 20,000 images, 4 exits, 3 bit-widths, 10 to 35 classes
-RULES_RATE, BASELINES_RATE = 7e-5, 1e-4
+# n = 20,000 images, 4 exits, 3 bit-widths, 10 classes
+RULES_RATE, BASELINES_RATE = 1.7e-4, 1e-4
 DEAR = frozenset({"jei-dnn", "boosted", "l2w-style", "maqee-style", "eenet-style", "eefp"})
 
 
