@@ -1,9 +1,10 @@
 """What a sweep will cost before anything runs: cells, edges, and stage by stage time, disk and the network's work."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from quee_core.stage_estimates import Pace, StageEstimate, stage_estimates
 from quee_core.stages import branches_of, cells_of
 from quee_core.store import Store
 
-QUANTIZATION_OVERHEAD = 1.3  # of a simulated segment over the float one: the bound that the benchmark checks
+# of a simulated segment over the float one, by kind of device: the bounds that the benchmark checks
+QUANTIZATION_OVERHEAD: Mapping[str, float] = MappingProxyType({"cpu": 1.3, "cuda": 1.6})
 TRIAL_IMAGES = 32  # at most
 TRIAL_PIXELS = 32 * 96 * 96  # at most, on a processor: of large images fewer tell as much
 
@@ -130,4 +132,4 @@ def _pace(plan: SweepPlan, device: torch.device, *, readable: bool) -> Pace:
             for _batch in batches:
                 pass
         read = time.perf_counter() - started
-    return Pace(segments / count / backbone.depth * QUANTIZATION_OVERHEAD, (stem + read) / count)
+    return Pace(segments / count / backbone.depth * QUANTIZATION_OVERHEAD[device.type], (stem + read) / count)

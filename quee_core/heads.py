@@ -49,7 +49,7 @@ class ExitHead(nn.Module):
         assert self.inner is not None  # asked only where there is a hidden layer
         wide: Tensor = self.inner(normed)
         assert self.steady is not None  # of GELU there is a steady one
-        # torch's own rounds by an element's position, which only training may do
+        # on a CPU torch's own rounds by an element's position, which only training may do
         return functional.gelu(wide) if self.training else self.steady(wide)
 
 

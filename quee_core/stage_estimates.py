@@ -23,6 +23,7 @@ from torch import nn
 
 from quee_core.costs import BackboneMacs, CostTable, backbone_macs, bitops_table
 from quee_core.data.splits import image_count
+from quee_core.devices import synchronize
 from quee_core.features import HeadViews, walked_edges
 from quee_core.grid import fit_gate, grid_points
 from quee_core.grid_units import GridUnit, grid_units
@@ -205,7 +206,7 @@ def _seconds_a_block(plan: SweepPlan, bits: int, device: torch.device) -> float:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randn(KEPT_ROWS, own, generator=rng).to(device)
     weight = (torch.randn(own, own, generator=rng) / own**0.5).to(device)
-    square = _timed(lambda: method.linear(weight, LinearSamples(rows, -4.0, 4.0), bits))
+    square = _timed(lambda: method.linear(weight, LinearSamples(rows, -4.0, 4.0), bits), device)
     scaled = square * sum((p.in_features / own) ** 2 * p.out_features / own for p in layers)
     heads, tokens = attentions[0].num_heads, backbone.num_tokens
     asked = min(tokens, max(1, KEPT_SCORES // (KEPT_IMAGES * heads * tokens)))
@@ -215,7 +216,7 @@ def _seconds_a_block(plan: SweepPlan, bits: int, device: torch.device) -> float:
     )
     ranges = dict.fromkeys(("query", "key", "value"), (-4.0, 4.0))
     samples = AttentionSamples(query, key, value, float(attentions[0].scale), ranges)
-    one_by_one = scaled + len(attentions) * _timed(lambda: method.attention(samples, bits))
+    one_by_one = scaled + len(attentions) * _timed(lambda: method.attention(samples, bits), device)
     return one_by_one * (1.0 if method.blocks is None else WHOLE_BLOCKS)
 
 
@@ -271,12 +272,15 @@ def _kept_classes(plan: SweepPlan) -> int:
     return min(len(plan.dataset.description.classes), TOP)
 
 
-def _timed(work: Callable[[], object]) -> float:
-    """Seconds of a run; of a second one where the first was short, and may have been spent on warming up."""
-    started = time.perf_counter()
-    work()
-    if (taken := time.perf_counter() - started) > LONG:
-        return taken
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def _timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds of a run, on `device`; of a second where the first was short, and may have been spent on warming up."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        work()
+        if device is not None:
+            synchronize(device)
+        return time.perf_counter() - started
+
+    first = run()
+    return first if first > LONG else run()

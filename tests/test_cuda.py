@@ -68,8 +68,14 @@ def test_sums_of_a_linear_layer_are_those_of_a_cpu(low: int, width: int, out: in
     assert torch.equal(layer.to(GPU)(x.to(GPU)).cpu(), wanted)
 
 
-def test_bytes_are_multiplied_as_such() -> None:
-    assert has_byte_products(GPU)
+def test_tokens_of_one_image_may_lie_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, product, seen = has_byte_products(GPU), torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda rows, columns: seen.append(rows.device) or product(rows, columns))
+    integers = torch.randint(-127, 128, (256, 576), dtype=torch.int8)
+    layer = QuantLinear(integers, torch.ones(256), torch.zeros(256), Uniform(1.0, -100, 155))
+    x = torch.randint(-100, 156, (1, 576, 196)).float().transpose(1, 2)
+    assert torch.equal(layer.to(GPU)(x.to(GPU)).cpu(), (x.long() @ integers.long().T).float())
+    assert seen == [GPU] * fast
 
 
 @pytest.mark.parametrize("channels", [3, 64])

@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 
+from quee_core.devices import synchronize
 from quee_core.stages import branches_of, cells_of, extract_branch
 from quee_core.store import Store
 from tasks import devices
@@ -43,6 +44,14 @@ def test_two_branches_at_once_have_networks_of_their_own_that_fill_the_same_tabl
     for cell in cells.values():
         first, second = (store.get_table(cell) for store in stores)
         assert first.equals(second)
+
+
+def test_the_device_that_is_named_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cpu", "cuda:1"):
+        synchronize(torch.device(name))
+    assert waited == [torch.device("cuda", 1)]
 
 
 def test_a_device_is_given_back_when_its_branch_fails(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quee_core.quantize.layers import QuantLinear
+from quee_core.quantize.layers import QuantLinear, has_byte_products
 from quee_core.quantize.quantizers import ActivationQuantizer, Odd, TwinUniform, Uniform
 
 
@@ -44,7 +44,17 @@ def test_the_largest_sums_do_not_overflow(low: int) -> None:
     x = torch.stack([torch.full((8192,), float(end)) for end in (low, low + 255)])
     sums = x.to(torch.int64) @ weight.to(torch.int64).T
     assert torch.equal(layer(x), sums.to(torch.float32))
-    assert layer.shift is not None
+
+
+@pytest.mark.parametrize(("low", "fits"), [(-100, True), (-101, False)])
+def test_integers_that_fit_a_byte_are_multiplied_as_bytes_where_that_is_fast(
+    low: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, product, seen = has_byte_products(torch.device("cpu")), torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda rows, columns: seen.append(rows.dtype) or product(rows, columns))
+    layer = QuantLinear(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), torch.zeros(8), Uniform(1.0, low, 155))
+    layer(torch.zeros(20, 16))
+    assert seen == ([torch.int8] if fits and fast else [])
 
 
 @pytest.mark.parametrize("strides", [(64, 1), (0, 1), (1, 1), (7, 1)])

@@ -4,9 +4,9 @@ The operands of every product are integers held in float32. Their sums stay belo
 in whatever order they are taken: a result depends on nothing but the image, neither on the batch that it came in nor
 on threads or BLAS. Where the sums of a layer could grow beyond that, they are taken in two halves, or in float64,
 which is exact up to 2^53, and then rounded to float32 once. A device that multiplies int8 fast takes integers that fit
-a byte as such, into int32: the same bits, in about a quarter of the time. One pass brings the integers back to real
-values, accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations that
-treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
+a byte as such, into int32: the same bits, on a CPU in about a quarter of the time. One pass brings the integers back to
+real values, accumulator * scale + bias (`torch.addcmul`). The activations between the layers are made of operations
+that treat every element alike, wherever in a tensor it stands (`SteadyActivation`).
 """
 
 import copy
@@ -90,7 +90,7 @@ class QuantLinear(nn.Module):
     def _by_bytes(self, integers: Tensor, shift: int) -> Tensor:
         if shift:
             integers.sub_(shift)
-        rows = integers.to(torch.int8).reshape(-1, self.in_features)
+        rows = integers.to(torch.int8).reshape(-1, self.in_features).contiguous()  # a GPU takes no other
         count = len(rows)
         if rows.is_cuda and count < _GPU_ROWS:
             rows = functional.pad(rows, (0, 0, 0, _GPU_ROWS - count))
@@ -286,7 +286,12 @@ def steady(activation: nn.Module) -> SteadyActivation | None:
     if type(activation) is nn.GELU and activation.approximate == "tanh":
         return SteadyActivation(_tanh_share, activation)
     share = _SHARES.get(type(activation))
-    return None if share is None else SteadyActivation(share, activation)
+    if share is None:
+        return None
+    plain = copy.copy(activation)
+    if isinstance(plain, nn.SiLU | Swish):
+        plain.inplace = False
+    return SteadyActivation(share, plain)
 
 
 class InParts(nn.Module):
@@ -342,9 +347,9 @@ _SHARES: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = MappingProxyType
 
 @functools.cache
 def has_byte_products(device: torch.device) -> bool:
-    """Whether a device multiplies matrices of int8 exactly and fast: a CPU with VNNI instructions, a GPU since 2018.
+    """Whether a device multiplies matrices of int8 exactly and fast, as a CPU does by its VNNI instructions.
 
-    Without them `torch._int_mm` is slow on a CPU, and in some releases sums overflowed; an older GPU refuses it. So it
+    Without those `torch._int_mm` is slow on a CPU, and in some releases sums overflowed; an old GPU refuses it. So it
     is tried once on the largest sums.
     """
     if device.type == "cpu" and not torch.cpu._is_vnni_supported():
@@ -353,6 +358,8 @@ def has_byte_products(device: torch.device) -> bool:
     rows[::2] = 127
     try:
         sums = torch._int_mm(rows.to(device), columns.to(device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return torch.equal(sums.cpu().long(), rows.long() @ columns.long())
