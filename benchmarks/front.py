@@ -126,7 +126,7 @@ class Run:
         revised = settings.get("revised")
         revisions = None if revised is None else revised.revisions
         ours = rule_decisions(rules, self.priced.table, tree, test, None, revisions)
-        return MeasuredFront(ours.decisions, ours.cost, ours.correct), spent
+        return MeasuredFront.of_rules(ours), spent
 
     def thresholds(self, tuning: Outcomes) -> Timed:
         """The baseline of the same name, tuned on `tuning`, and the seconds that it took."""

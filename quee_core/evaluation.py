@@ -42,7 +42,7 @@ from quee_core.record import (
     UniformAccuracy,
 )
 from quee_core.revisions import Revisions
-from quee_core.shipping import GateFront, Shipped, rule_decisions
+from quee_core.shipping import GateFront, RuleDecisions, Shipped, rule_decisions
 from quee_core.tables import Outcomes
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
@@ -86,6 +86,11 @@ class MeasuredFront:
     cost: NDArray[np.float64]
     correct: NDArray[np.bool_]
     needs: BaselineNeeds | None = None
+
+    @classmethod
+    def of_rules(cls, found: RuleDecisions) -> "MeasuredFront":
+        """What rules that were chosen elsewhere do with the images of `test`."""
+        return cls(found.decisions, found.cost, found.correct)
 
 
 def gate_decisions(
@@ -165,7 +170,7 @@ def all_fronts(
     on_select, on_test = (gate_decisions(policy, costs, prices, split) for split in (select, test))
     ours = rule_decisions(shipped, priced.table, priced.tree, test, GateFront(on_test, costs), revisions, method=QUEE)
     return {
-        QUEE: MeasuredFront(ours.decisions, ours.cost, ours.correct),
+        QUEE: MeasuredFront.of_rules(ours),
         GATES: measure(PolicyPair(on_select, on_test, costs), select, test),
     } | baseline_fronts(priced, (target, select), test, prices, settings.seed, classes, settings.baselines)
 

@@ -160,7 +160,7 @@ def class_shares(tables: FinishedTables, point: OperatingPoint) -> tuple[ShareRo
         decisions = gate_decisions(tables.policy, tables.costs, np.array([rule.price]), tables.test)
         gates = GateFront(decisions, tables.costs)
     ours = rule_decisions([point.as_shipped()], tables.priced.table, tables.tree, tables.test, gates, tables.revisions)
-    front = MeasuredFront(ours.decisions, ours.cost, ours.correct)
+    front = MeasuredFront.of_rules(ours)
     return share_rows(front, tables.tree, tables.test, tables.record.class_names)
 
 
