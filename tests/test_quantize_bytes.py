@@ -44,6 +44,8 @@ def test_the_largest_sums_do_not_overflow(low: int) -> None:
     x = torch.stack([torch.full((8192,), float(end)) for end in (low, low + 255)])
     sums = x.to(torch.int64) @ weight.to(torch.int64).T
     assert torch.equal(layer(x), sums.to(torch.float32))
+    assert layer.shift is not None
+    assert layer._multiplies_bytes(x.device) == has_byte_products(x.device)
 
 
 @pytest.mark.parametrize(("low", "fits"), [(-100, True), (-101, False)])
