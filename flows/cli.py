@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,8 +161,7 @@ def plan(
     console = Console()
     print_plan(found, f"plan of {config}", console)
     unread = "images at a URL are not read for a plan; the store may have tables of them"
-    for caution in (*planned.cautions, *([unread] if asked.dataset.url else [])):
-        console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
+    _print_notes([*planned.cautions, *([unread] if asked.dataset.url else [])], console)
 
 
 @app.command()
@@ -246,6 +246,7 @@ def route(
     deployed = load_router(find_router(run, runs), choose_device(device))
     point = deployed.point_at(price or 0.0) if budget is None else deployed.point_within(budget)
     answers = list(route_files(deployed, images, point.as_rule(), batch))
+    _print_notes(deployed.manifest.cautions, Console(stderr=True))
     if as_json:
         typer.echo(json.dumps([asdict(answer) for answer in answers], indent=2))
     else:
@@ -284,12 +285,10 @@ def explain(
     deployed = load_router(find_router(run, runs), choose_device(device))
     manifest, router = deployed.manifest, deployed.router
     walk = walk_through(router, deployed.preprocess(read_image(image)), price)
-    told = (
-        f"{image.name} by run {manifest.run} ({manifest.architecture.name} on {manifest.dataset}), n = 1 image; at a "
-        "way, the least loss of the paths that begin with it. Measured here."
-    )
+    told = paper.walk_caption(manifest, image.name)
     figure = paper.walk(walk, manifest.class_names, router.policy.tree.paths, told)
     written = write_figures({target.stem: figure}, target.parent, png=png)
+    _print_notes(manifest.cautions, Console(stderr=True))
     if as_json:
         typer.echo(json.dumps({**asdict(walk), "label": manifest.class_names[walk.answer.label]}, indent=2))
         return
@@ -400,8 +399,12 @@ def print_record(record: SweepRecord, console: Console) -> None:
             f"{failed[0].described}: {failed[0].failure}",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-    for caution in record.cautions:
-        console.print(f"note: {caution}", highlight=False, soft_wrap=True, markup=False)
+    _print_notes(record.cautions, console)
+
+
+def _print_notes(notes: Iterable[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from quee_core.studies import (
     ladder_rows,
     of_several_clusters,
     point_fronts,
+    shown_clusters,
     shown_point,
     walk_of_image,
     walked_price,
@@ -43,13 +44,13 @@ def paper_figures(
     at = tables.gates[0] if gate is None else gate
     clusters = cluster_rows(tables, at)
     fronts = point_fronts(tables, grid_fits(tables, store, lambda done, of: logger.info("grid: %d of %d", done, of)))
-    told = paper.caption(record, f"Test image {shown}; at a way, the least loss of the paths that begin with it")
+    told = paper.caption(record, paper.WALKED.format(f"Test image {shown}"))
     return {
         "fig1": paper.classes(record, class_shares(tables, point)),
         "fig2": paper.walk(walk, record.class_names, tables.tree.paths, told),
         "fig3": paper.front(record),
         "fig4": paper.predictors(record, fronts),
-        "fig5a": paper.clusters(record, at, clusters),
+        "fig5a": paper.clusters(record, at, shown_clusters(tables), clusters),
         "fig5b": paper.ladder(record, ladder_rows(tables)),
         "fig5c": paper.cluster_fronts(record, of_several_clusters(fronts)),
     }

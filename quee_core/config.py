@@ -81,8 +81,8 @@ class DatasetConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the hash that assigns images to splits.")
     trained_on: Literal["none", "train", "unknown", "share"] | None = Field(
         None,
-        description="Part that the backbone was trained on; by default what the data set's description says. `share`: "
-        "that share of all images but the test part which `quee finetune` took.",
+        description="Part that the backbone was trained on; by default what weights of `quee finetune` say, or else "
+        "the data set's description. `share`: that share of all images but the test part which `quee finetune` took.",
     )
     trained_share: Fraction | None = Field(None, description="How much `share` is.")
     trained_seed: int = Field(0, ge=0, description="Seed of the hash that `share` was drawn by.")

@@ -22,7 +22,7 @@ LEAST_PROBABILITY = 2.0**-24  # the smallest that float16 tables hold
 GRID = 12  # bits behind the point of scales and log-probabilities
 LARGEST = 2.0 ** (EMBEDDING_BITS - 1) - 1  # integer
 SMALLEST = 1e-6  # range that integers stand for
-EPOCHS, BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 8, 512, 0.05, 0.9, 1e-3
+EPOCHS, BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 8, 512, 0.05, 0.9, 1e-3  # of SGD, whose rate falls to 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,11 +201,6 @@ def _products(module: nn.Module, example: Tensor) -> tuple[dict[str, int], int]:
     return linear, counter.get_total_flops() // 2 - sum(linear.values())
 
 
-def count_macs(module: nn.Module, example: Tensor) -> int:
-    """All multiply-accumulates of `module` for one image; see `module_macs`."""
-    return module_macs(module, example).total
-
-
 def backbone_macs(backbone: SegmentedBackbone) -> BackboneMacs:
     """Multiply-accumulates of every piece of `backbone`, at its own image size. Raises as `module_macs` does."""
     dtype = next(backbone.parameters()).dtype

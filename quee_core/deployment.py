@@ -35,7 +35,7 @@ from quee_core.errors import (
 from quee_core.exits import FittedExits
 from quee_core.gates import check_prices
 from quee_core.paths import Path
-from quee_core.plan import SweepPlan
+from quee_core.plan import RANDOM_WEIGHTS, SweepPlan
 from quee_core.policy import GatePolicy, policy_from_bytes, policy_to_bytes
 from quee_core.quantize.calibration import Calibration, quantize_backbone
 from quee_core.record import SweepRecord
@@ -124,11 +124,16 @@ class _Format(BaseModel):
 
 
 class RouterManifest(_Plain):
-    """`router.json`. costs: of every piece, the gates included. points: by ascending cost. files: sha256, hex."""
+    """`router.json`. costs: of every piece, the gates included. points: by ascending cost. files: sha256, hex.
+
+    seeds: the run's, by name. cautions: what whoever looks at an answer must know.
+    """
 
     format: int
     quee: str
     run: str
+    seeds: dict[str, int] = {}
+    cautions: tuple[str, ...] = ()
     dataset: str
     architecture: Architecture
     preprocessing: Preprocessing
@@ -196,6 +201,8 @@ def export_winner(
     return save_router(
         folder,
         run=record.name,
+        seeds=record.seeds,
+        cautions=(RANDOM_WEIGHTS,) if plan.config.backbone.random_weights else (),
         dataset=record.dataset,
         backbone=plan.loaded.backbone,
         preprocessing=plan.preprocessing,
@@ -227,6 +234,8 @@ def save_router(
     folder: FilePath,
     *,
     run: str,
+    seeds: Mapping[str, int],
+    cautions: tuple[str, ...],
     dataset: str,
     backbone: SegmentedBackbone,
     preprocessing: Preprocessing,
@@ -259,6 +268,8 @@ def save_router(
         format=FORMAT,
         quee=__version__,
         run=run,
+        seeds=dict(seeds),
+        cautions=cautions,
         dataset=dataset,
         architecture=Architecture(
             name=backbone.name,

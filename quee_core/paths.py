@@ -161,10 +161,6 @@ class PathTree:
         """Paths that a gate considers: the gate itself first (exit now; the root has none), then all beyond it."""
         return tuple(path for path in self.paths if path.extends(gate))
 
-    def next_bits(self, gate: Path) -> tuple[int, ...]:
-        """Bit-widths at which the tree continues behind `gate`, ascending; empty at a leaf."""
-        return tuple(b for b in self.bits if gate.child(b) in self.index)
-
     def branch(self, first_bits: int) -> tuple[Path, ...]:
         """Kept paths whose first segment runs at `first_bits`: what one extraction task walks."""
         return tuple(path for path in self.paths if path.bits[0] == first_bits)

@@ -129,8 +129,12 @@ class SweepPlan:
         return fingerprint([self._contents(selections), self.preprocessing.fingerprint()])
 
     def split_fingerprint(self, split: SplitName) -> str:
-        """sha256 over the ids, labels and contents of a split's images: the same for every backbone."""
-        return fingerprint(self._contents(self.splits[split]))
+        """sha256 over the ids, labels and contents of a split's images: the same for every backbone.
+
+        Of `fit`, which may be far larger than what a sweep reads of it, over the images of heads and calibration.
+        """
+        own = self.splits[split] if split in self.walked else (*self.head_images(), *self.calibration_images())
+        return fingerprint(self._contents(own))
 
     def _contents(self, selections: tuple[Selection, ...]) -> list[tuple[str, str]]:
         known = self._fingerprints
@@ -207,7 +211,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
     """
     quant_method(config.quantization.method)
     dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
-    return _planned(config, dataset, _load(config, dataset))
+    return _planned(dataset, *_load(config))
 
 
 def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
@@ -219,27 +223,28 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     quant_method(config.quantization.method)
     missing: list[str] = []
     try:
-        dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
+        dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url, unpack=False)
     except MissingDataError as error:
         if config.dataset.name not in PUBLISHED:
             raise
         missing.append(str(error))
         dataset = AbsentSet(config.dataset.name)
     try:
-        loaded = _load(config, dataset, offline=True)
+        known, loaded = _load(config, offline=True)
     except MissingWeightsError as error:
-        missing.append(_where(config, str(error)))
+        missing.append(str(error))
         drawn = config.backbone.model_copy(
             update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
         )
-        loaded = _load(config.model_copy(update={"backbone": drawn}), dataset)
-    return _planned(config, dataset, loaded), tuple(missing)
+        known, (_, loaded) = config, _load(config.model_copy(update={"backbone": drawn}))
+    return _planned(dataset, known, loaded), tuple(missing)
 
 
-def _load(config: SweepConfig, dataset: ImageDataset, *, offline: bool = False) -> LoadedBackbone:
+def _load(config: SweepConfig, *, offline: bool = False) -> tuple[SweepConfig, LoadedBackbone]:
+    """The backbone, and `config` with what its weights say of the images that they have seen."""
     checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
-    check_trained_on(config.dataset, dataset.description.trained_on, checkpoint)
-    return load_backbone(
+    seen = images_seen(config.dataset, checkpoint)
+    loaded = load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
         checkpoint=checkpoint,
@@ -250,18 +255,10 @@ def _load(config: SweepConfig, dataset: ImageDataset, *, offline: bool = False) 
         random_weights=config.backbone.random_weights,
         offline=offline,
     )
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update=seen)}), loaded
 
 
-def _where(config: SweepConfig, missing: str) -> str:
-    """`missing`, with the other place where a relative file of weights may lie."""
-    root = config.dataset.root
-    for given in (config.backbone.checkpoint, config.backbone.head):
-        if given is not None and root is not None and given in missing and "://" not in given:
-            return missing if FilePath(given).is_absolute() else f"{missing}; expected there, or at {root / given}"
-    return missing
-
-
-def _planned(config: SweepConfig, dataset: ImageDataset, loaded: LoadedBackbone) -> SweepPlan:
+def _planned(dataset: ImageDataset, config: SweepConfig, loaded: LoadedBackbone) -> SweepPlan:
     splits, cautions = choose_splits(
         dataset,
         config.dataset.fractions,
@@ -281,8 +278,8 @@ def _planned(config: SweepConfig, dataset: ImageDataset, loaded: LoadedBackbone)
     if loaded.backbone.num_classes not in (0, classes):
         raise ConfigError(
             f"backbone {config.backbone.name}: its head has {loaded.backbone.num_classes} classes, "
-            f"data set {config.dataset.name} has {classes}; "
-            "set backbone.num_classes and backbone.checkpoint to a model of this data set"
+            f"data set {config.dataset.name} has {classes}; fine-tune it to them first (`quee finetune`, "
+            "configs/finetune), or set backbone.num_classes and backbone.checkpoint to a model of this data set"
         )
     if config.quantization.images > (held := image_count(splits["fit"])):
         raise ConfigError(
@@ -304,7 +301,8 @@ def weights_file(
     """A file of weights; None for no address.
 
     A relative path counts from the working folder, and if it is not there from `root`, the data set's. What lies
-    elsewhere is copied below `runs`, once; with `offline` MissingWeightsError is raised instead.
+    elsewhere is copied below `runs`, once; with `offline` MissingWeightsError is raised instead, as it is for a file
+    that is in neither place.
     """
     if address is None:
         return None
@@ -313,29 +311,26 @@ def weights_file(
 
         return fetch_checkpoint(address, runs / "checkpoints", offline=offline)
     given = FilePath(address)
-    if root is None or given.is_absolute() or given.exists():
-        return given
-    below = root / given
-    return below if below.exists() else given
+    places = [given] if root is None or given.is_absolute() else [given, root / given]
+    if (found := next((place for place in places if place.exists()), None)) is None:
+        elsewhere = "".join(f"; expected there, or at {place}" for place in places[1:])
+        raise MissingWeightsError(f"{given}: no such checkpoint file{elsewhere}")
+    return found
 
 
-def check_trained_on(asked: DatasetConfig, usual: str, checkpoint: FilePath | None) -> None:
-    """Raises ConfigError if the weights say that they have seen other images of the data set than the sweep knows.
+def images_seen(asked: DatasetConfig, checkpoint: FilePath | None) -> dict[str, object]:
+    """What weights say of the images of the data set that they have learnt from, as fields of a sweep's `dataset`.
 
-    usual: what the data set's description says of a backbone's training images.
+    Nothing, {}, if they say nothing or of another set. Raises ConfigError if `asked` says otherwise.
     """
     said = None if checkpoint is None else read_note(checkpoint, TRAINED_ON)
-    if said is None:
-        return
-    seen = json.loads(said)
-    if seen.pop("name") != asked.name:
-        return
-    known: dict[str, object] = {"trained_on": asked.trained_on or usual}
-    if asked.trained_on == "share":
-        known |= {"trained_share": asked.trained_share, "trained_seed": asked.trained_seed}
-    if known != seen:
+    seen: dict[str, object] = {} if said is None else json.loads(said)
+    if not seen or seen.pop("name") != asked.name:
+        return {}
+    if asked.trained_on is not None and any(getattr(asked, field) != value for field, value in seen.items()):
         wanted = ", ".join(f"dataset.{field}: {value}" for field, value in seen.items())
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name}, and its confidence there says nothing about "
-            f"new ones; set {wanted}"
+            f"new ones; set {wanted}, or leave dataset.trained_on out"
         )
+    return seen

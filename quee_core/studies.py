@@ -190,19 +190,20 @@ def walked_price(tables: FinishedTables, point: OperatingPoint) -> float:
     return float(prices[np.argmin(np.abs(mean - point.chosen_cost))])
 
 
-def cluster_rows(tables: FinishedTables, gate: Path, clusters: int = CLUSTERS) -> tuple[ClusterRow, ...]:
+def shown_clusters(tables: FinishedTables) -> int:
+    """K of Fig. 5A: `CLUSTERS`, or one for each image of `target` where there are fewer."""
+    return min(CLUSTERS, tables.target.images)
+
+
+def cluster_rows(tables: FinishedTables, gate: Path) -> tuple[ClusterRow, ...]:
     """Clusters at `gate` by ascending error rate of exiting there; empty ones are left out (Fig. 5A).
 
     Raises ConfigError for a gate that the tree has not, or the root.
     """
     if gate not in tables.gates:
         raise ConfigError(f"gate {gate}: want one of {', '.join(map(str, tables.gates[:12]))}")
-    k, own, test = min(clusters, tables.target.images), tables.tree.index[gate], tables.test
-    discretisation = _discretisation(tables.config, k)
-    kinds = FEATURES[discretisation.features]
-    found = cluster(tables.target.gate_features(gate, kinds), k, discretisation.algorithm, tables.config.seed)
-    member = found.assign(test.gate_features(gate, kinds))
-    foretold = _targets(tables, gate, discretisation)[:, 0]
+    own, test, member = tables.tree.index[gate], tables.test, _members(tables, gate)
+    foretold = _targets(tables, gate, _discretisation(tables.config, shown_clusters(tables)))[:, 0]
     entropy = test.uncertainty[:, own, UNCERTAINTY.index("entropy")]
     rows = []
     for number in np.unique(member):
@@ -311,11 +312,15 @@ def _targets(tables: FinishedTables, gate: Path, discretisation: Discretisation)
 def _observed_rates(tables: FinishedTables, gate: Path) -> NDArray[np.float64]:
     """Error rates of the gate's extensions among the test images of each one's cluster, float64 [n, E]."""
     columns = [tables.tree.index[path] for path in tables.tree.extensions(gate)]
-    own = _discretisation(tables.config, min(CLUSTERS, tables.target.images))
-    kinds = FEATURES[own.features]
-    found = cluster(tables.target.gate_features(gate, kinds), CLUSTERS if own.clusters is None else own.clusters,
-                    own.algorithm, tables.config.seed)  # fmt: skip
-    member = found.assign(tables.test.gate_features(gate, kinds))
-    sums = group_sums(tables.test.errors[:, columns].astype(np.float64), member, found.k)
-    rates: NDArray[np.float64] = (sums / np.maximum(1, np.bincount(member, minlength=found.k))[:, None])[member]
+    member, k = _members(tables, gate), shown_clusters(tables)
+    sums = group_sums(tables.test.errors[:, columns].astype(np.float64), member, k)
+    rates: NDArray[np.float64] = (sums / np.maximum(1, np.bincount(member, minlength=k))[:, None])[member]
     return rates
+
+
+def _members(tables: FinishedTables, gate: Path) -> NDArray[np.intp]:
+    """The cluster of each test image, among `shown_clusters` of target images at `gate`: intp [n]."""
+    own = _discretisation(tables.config, shown_clusters(tables))
+    kinds = FEATURES[own.features]
+    on_target, on_test = (outcomes.gate_features(gate, kinds) for outcomes in (tables.target, tables.test))
+    return cluster(on_target, shown_clusters(tables), own.algorithm, tables.config.seed).assign(on_test)

@@ -1,7 +1,10 @@
 """Tiny data sets in the very formats in which the real ones are published."""
 
+import hashlib
 import io
+import shutil
 import struct
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,42 @@ def write_imagenet(root: Path, per_class: int = 2) -> None:
                 pixels = np.full((20, 30, 3), 40 * k, np.uint8)
                 name = f"{wnid}_{i}.JPEG" if part == "train" else f"ILSVRC2012_val_{per_class * k + i:08d}.JPEG"
                 (root / part / wnid / name).write_bytes(encoded(pixels, "JPEG"))
+
+
+def write_imagenet_archives(root: Path, per_class: int = 2) -> dict[str, str]:
+    """The same images as the three official archives hold them; returns the md5 of each, by its key in torchvision."""
+    write_imagenet(root, per_class)
+    kit = root / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    synsets = np.array(
+        [(k + 1, wnid, ", ".join(words), "gloss", 0) for k, (wnid, words) in enumerate(IMAGENET_WORDS.items())],
+        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")],
+    )
+    savemat(kit / "meta.mat", {"synsets": synsets})
+    truth = [k + 1 for k in range(len(IMAGENET_WORDS)) for _ in range(per_class)]
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number}\n" for number in truth))
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        tar.add(kit.parent, kit.parent.name)
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as tar:
+        for folder in sorted((root / "train").iterdir()):
+            of_class = root / f"{folder.name}.tar"
+            with tarfile.open(of_class, "w") as inner:
+                for image in sorted(folder.iterdir()):
+                    inner.add(image, image.name)
+            tar.add(of_class, of_class.name)
+            of_class.unlink()
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
+        for image in sorted((root / "val").rglob("*.JPEG"), key=lambda path: path.name):
+            tar.add(image, image.name)
+    for folder in (kit.parent, root / "train", root / "val"):
+        shutil.rmtree(folder)
+    (root / "meta.bin").unlink()
+    files = {
+        "devkit": "ILSVRC2012_devkit_t12.tar.gz",
+        "train": "ILSVRC2012_img_train.tar",
+        "val": "ILSVRC2012_img_val.tar",
+    }
+    return {key: hashlib.md5((root / name).read_bytes()).hexdigest() for key, name in files.items()}
 
 
 def write_folder(

@@ -43,6 +43,7 @@ def equal(left: State, right: State) -> bool:
         lambda state: {"state_dict_ema": state, "state_dict": {name: t + 1 for name, t in state.items()}},
         lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
         lambda state: {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])

@@ -164,9 +164,10 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path) -> None:
     weights = micro_vit(num_classes=7).state_dict()
     save_file(weights, tmp_path / "seven.safetensors")
     told = refused(tmp_path, "plan", config, "--checkpoint", tmp_path / "seven.safetensors")
-    assert told.endswith("seven.safetensors: has a head of 7 classes, and the model one of 10: set num_classes to 7"), (
-        told
-    )
+    assert told.endswith(
+        "seven.safetensors: has a head of 7 classes, and the model one of 10: set num_classes to 7 if those are the "
+        "images' classes, or fine-tune it to the 10 first (`quee finetune`, configs/finetune)"
+    ), told
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:5000])
     assert "cut.safetensors: damaged, cut short, or not a safetensors file" in refused(
         tmp_path, "plan", config, "--checkpoint", tmp_path / "cut.safetensors"
@@ -190,9 +191,8 @@ def test_a_class_count_that_does_not_fit_the_head_is_told(tmp_path: Path) -> Non
             Image.fromarray(pixels).save(tmp_path / "images" / label / f"{k}.png")
     shares = {"name": "folder", "root": "images", "limit": None, "fit": 0.4, "target": 0.2, "select": 0.2, "test": 0.2}
     config = written(tmp_path, dataset=shares)
-    assert "its head has 10 classes, data set folder has 3; set backbone.num_classes" in refused(
-        tmp_path, "plan", config
-    )
+    told = refused(tmp_path, "plan", config)
+    assert "its head has 10 classes, data set folder has 3; fine-tune it to them first (`quee finetune`" in told
 
 
 def test_a_pattern_that_no_backbone_matches_is_told(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from scipy.io import savemat
 from torchvision import datasets
+from torchvision.datasets.imagenet import ARCHIVE_META
 
+from quee_core.config import parse_config
 from quee_core.data.datasets import load_dataset
 from quee_core.data.splits import choose_splits
-from quee_core.errors import DataError
+from quee_core.errors import DataError, MissingDataError
+from quee_core.plan import outline
 from tests.published_files import (
     CIFAR10_CLASSES,
     cifar_batch,
@@ -23,6 +26,7 @@ from tests.published_files import (
     write_cifar10,
     write_cifar100,
     write_imagenet,
+    write_imagenet_archives,
     write_svhn,
 )
 
@@ -263,6 +267,65 @@ def test_imagenet_is_read_as_torchvision_lays_it_out(tmp_path: Path) -> None:
     assert len(set(ids.tolist())) == 12
 
 
+@pytest.fixture
+def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of nothing but the three archives, small ones, which torchvision knows by their checksums."""
+    root = tmp_path / "packed"
+    for key, md5 in write_imagenet_archives(root).items():
+        monkeypatch.setitem(ARCHIVE_META, key, (ARCHIVE_META[key][0], md5))
+    return root
+
+
+def test_imagenet_is_read_from_its_archives_as_from_its_folders(archives: Path, tmp_path: Path) -> None:
+    write_imagenet(tmp_path / "folders")
+    packed, folders = load_dataset("imagenet", archives), load_dataset("imagenet", tmp_path / "folders")
+    assert packed.description.classes == folders.description.classes
+    for part in ("train", "val"):
+        everything = np.arange(len(folders.sample_ids(part)))
+        assert packed.fingerprint(part, everything) == folders.fingerprint(part, everything)
+    left = {path.name for path in archives.iterdir() if not path.name.startswith((".", "ILSVRC"))}
+    assert left == {"meta.bin", "train", "val"}
+
+
+def test_a_plan_unpacks_nothing_and_says_what_is_packed(archives: Path) -> None:
+    before = sorted(archives.rglob("*"))
+    with pytest.raises(MissingDataError, match=r"imagenet: meta\.bin and train and val under .* are archives still"):
+        load_dataset("imagenet", archives, unpack=False)
+    backbone = {"name": "t2t_vit_7", "random_weights": True, "image_size": 32}
+    raw = {"dataset": {"name": "imagenet", "root": str(archives)}, "backbone": backbone}
+    planned, missing = outline(parse_config(raw, source="here"))
+    assert len(missing) == 1
+    assert sum(planned.images.values()) == 1_281_167 + 50_000
+    assert sorted(archives.rglob("*")) == before
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_unpacking_that_was_interrupted_is_begun_anew(part: str, archives: Path) -> None:
+    beginning = archives / f"{part}.unpacking"
+    beginning.mkdir()
+    (beginning / "n01440764.tar").write_bytes(b"half")
+    whole = load_dataset("imagenet", archives)
+    assert len(whole.sample_ids(part)) == 6
+    assert not beginning.exists()
+
+
+@pytest.mark.parametrize(("part", "left"), [("val", "ILSVRC2012_val_00000003.JPEG"), ("train", "n02012849.tar")])
+def test_a_part_that_another_left_half_unpacked_is_refused(part: str, left: str, tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / part / left).write_bytes(b"not moved yet")
+    with pytest.raises(
+        DataError, match=rf"{part}/{re.escape(left)}: lies outside .* delete .*/{part}, and it is unpacked"
+    ):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_an_archive_that_is_not_the_official_one_leaves_nothing_behind(archives: Path) -> None:
+    (archives / "ILSVRC2012_img_val.tar").write_bytes(b"cut short")
+    with pytest.raises(DataError, match=r"archives under .* cannot be unpacked: .*ILSVRC2012_img_val\.tar"):
+        load_dataset("imagenet", archives)
+    assert not (archives / "val").exists()
+
+
 def test_an_imagenet_id_outlives_other_images(tmp_path: Path) -> None:
     write_imagenet(tmp_path / "few", per_class=2)
     write_imagenet(tmp_path / "more", per_class=3)
@@ -296,7 +359,7 @@ def test_a_development_kit_that_is_not_the_official_one_is_refused(tmp_path: Pat
     write_imagenet(tmp_path)
     (tmp_path / "meta.bin").unlink()
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"not the archive")
-    with pytest.raises(DataError, match=r"imagenet, part train, .*ILSVRC2012_devkit_t12\.tar\.gz .* corrupted"):
+    with pytest.raises(DataError, match=r"imagenet: archives under .*ILSVRC2012_devkit_t12\.tar\.gz .* corrupted"):
         load_dataset("imagenet", tmp_path)
 
 

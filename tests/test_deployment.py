@@ -56,7 +56,8 @@ def saved(small_sweep: SmallSweep, tmp_path_factory: pytest.TempPathFactory) -> 
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("run") / "router"
     save_router(
-        folder, run="small", dataset="fashion_mnist", backbone=plan.loaded.backbone, preprocessing=plan.preprocessing,
+        folder, run="small", seeds={"splits": 4}, cautions=(), dataset="fashion_mnist",
+        backbone=plan.loaded.backbone, preprocessing=plan.preprocessing,
         class_names=plan.dataset.description.classes, calibration=small_sweep.calibration, exits=small_sweep.exits,
         policy=policy, table=table, full_cost=1e9, revisions=revisions,
         points=(
@@ -94,7 +95,8 @@ def save_again(saved: Saved, small_sweep: SmallSweep, to: Path, points: slice = 
     loaded = load_router(saved.folder)
     m = loaded.manifest
     save_router(
-        to, run=m.run, dataset=m.dataset, backbone=small_sweep.plan.loaded.backbone,
+        to, run=m.run, seeds=m.seeds, cautions=m.cautions, dataset=m.dataset,
+        backbone=small_sweep.plan.loaded.backbone,
         preprocessing=small_sweep.plan.preprocessing, class_names=m.class_names, calibration=small_sweep.calibration,
         exits=small_sweep.exits, policy=loaded.router.policy, table=m.costs, full_cost=m.full_cost,
         points=m.points[points], revisions=loaded.router.revisions,

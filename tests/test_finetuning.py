@@ -157,7 +157,13 @@ def test_a_set_without_a_held_out_part_is_learnt_by_a_share_that_sweeps_keep_out
         wrong = raw | {"dataset": raw["dataset"] | {field: value}}
         with pytest.raises(ConfigError, match=r"set dataset\.trained_on: share, dataset\.trained_share: 0\.6, "):
             resolve(parse_config(wrong, source="it"))
-    plain = {k: v for k, v in raw["dataset"].items() if not k.startswith("trained")} | {"trained_on": "none"}
+    plain = {k: v for k, v in raw["dataset"].items() if not k.startswith("trained")}
+    told = resolve(parse_config(raw | {"dataset": plain}, source="it"))  # what the weights say themselves
+    assert told.config == plan.config
+    assert {split: plan.split_fingerprint(split) for split in plan.splits} == {
+        split: told.split_fingerprint(split) for split in told.splits
+    }
+    plain |= {"trained_on": "none"}
     with pytest.raises(ConfigError, match="it was fine-tuned on images of folder"):
         resolve(parse_config(raw | {"dataset": plain}, source="it"))
 

@@ -18,6 +18,8 @@ from quee_core.data.datasets import load_dataset
 from quee_core.data.published import PUBLISHED, AbsentSet
 from quee_core.data.splits import choose_splits, image_count
 from quee_core.errors import BackboneError, MissingDataError
+from quee_core.finetune_config import load_finetune_config
+from quee_core.finetuning import WEIGHTS
 from quee_core.plan import RANDOM_WEIGHTS
 from quee_core.record import SweepRecord
 from quee_core.runs import read_record
@@ -133,6 +135,19 @@ def test_a_plan_is_complete_without_files_and_says_which_are_missing(
     assert "data set" in refused(tmp_path, "sweep", config)
 
 
+@pytest.mark.parametrize("config", [path for path in PAPER if re.search("fig3[c-f]", path.stem)], ids=lambda p: p.stem)
+def test_the_weights_of_other_classes_are_those_that_a_fine_tuning_leaves(config: Path) -> None:
+    tuning = config.parent.parent / "finetune" / f"{config.stem.partition('_')[2]}.yaml"
+    sweep, tuned = load_config(config), load_finetune_config(tuning)
+    assert sweep.backbone.checkpoint == f"runs/{tuned.name}/{WEIGHTS}"
+    assert (sweep.backbone.name, sweep.dataset.name) == (tuned.backbone.name, tuned.dataset.name)
+    assert (sweep.dataset.root, sweep.dataset.trained_on) == (tuned.dataset.root, None)  # the weights say what they saw
+    assert sweep.run.runs == tuned.run.runs
+    said = config.read_text()
+    assert f"quee finetune configs/finetune/{tuning.name}" in said
+    assert f"quee sweep configs/paper/{config.name}" in tuning.read_text()
+
+
 def test_what_stands_for_an_absent_set_is_divided_as_the_set_would_be() -> None:
     shares = {"fit": 0.4, "target": 0.45, "select": 0.15, "test": 0.0}
     splits, _ = choose_splits(AbsentSet("svhn"), shares, seed=0)  # type: ignore[arg-type]
@@ -180,6 +195,13 @@ def test_a_scaled_down_run_goes_through_to_its_figures(config: Path, tmp_path: P
         said = page.read_text("utf-8").replace("\\u003cbr\\u003e", " ")
         assert "Random weights: the figures say nothing about the backbone." in said, page.stem
         assert f"n = {record.splits['test']} test images" in said
+    if "fig3e" in config.stem:
+        image = tmp_path / "grey.png"
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(image)
+        for command in (("route", config.stem, image), ("explain", image, "--run", config.stem)):
+            told = quee(tmp_path, *command)
+            assert told.exit_code == 0, (told.output, told.exception)
+            assert f"note: {RANDOM_WEIGHTS}" in told.stderr
 
 
 def check_said(record: SweepRecord, folder: Path) -> None:

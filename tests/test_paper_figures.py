@@ -34,6 +34,7 @@ from quee_core.studies import (
     mean_ladder,
     of_several_clusters,
     point_fronts,
+    shown_clusters,
     walk_of_image,
 )
 from quee_core.walks import Walk, explain
@@ -123,8 +124,8 @@ def test_shares_of_each_class_add_up_in_both_panels(tables: FinishedTables) -> N
 
 def test_clusters_share_out_the_test_images_and_their_errors(tables: FinishedTables) -> None:
     for gate in tables.gates:
-        rows = cluster_rows(tables, gate, 5)
-        assert len(rows) <= 5
+        rows = cluster_rows(tables, gate)
+        assert 1 < len(rows) <= shown_clusters(tables)
         assert sum(row.n for row in rows) == tables.test.images
         wrong = tables.test.errors[:, tables.tree.index[gate]].sum()
         assert sum(row.n * row.error for row in rows) == pytest.approx(wrong)
@@ -235,7 +236,13 @@ def test_the_commands_draw_and_explain(
     shown = quee(tmp_path, "explain", "grey.png", "--run", run, "--price", "0.1")
     assert shown.exit_code == 0, shown.output
     assert "answer: " in shown.output
-    assert (tmp_path / "grey.walk.html").stat().st_size > 1_000_000
+    drawn = (tmp_path / "grey.walk.html").read_text("utf-8").replace("\\u003cbr\\u003e", " ")
+    assert len(drawn) > 1_000_000
+    seeds = ", ".join(f"{name} {seed}" for name, seed in finished_run.record.seeds.items())
+    assert (
+        f"grey.png by the gates' rule; at a way, the least loss of the paths that begin with it. Run small: "
+        f"{finished_run.record.backbone} on fashion_mnist; n = 1 image; seeds: {seeds}. Measured here."
+    ) in drawn
     told = json.loads(quee(tmp_path, "explain", "grey.png", "--run", run, "--json").output)
     assert told["label"] in finished_run.record.class_names
     (tmp_path / "bad.png").write_text("no image")

@@ -1,5 +1,6 @@
 """What a sweep resolves to before anything is computed."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from quee_core.backbones.micro_vit import micro_vit
-from quee_core.errors import CheckpointError
+from quee_core.errors import MissingWeightsError
 from quee_core.plan import resolve
 from tests.conftest import small_config
 
@@ -33,7 +34,10 @@ def test_a_relative_checkpoint_is_looked_for_below_the_data_folder_too(
                     "test": 0.2, "trained_on": "none"},
         "backbone": {"name": "micro_vit_fashion_mnist", "checkpoint": "own.safetensors", "num_classes": 3},
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"own\.safetensors: no such"):
+    told = (
+        rf"own\.safetensors: no such checkpoint file; expected there, or at {re.escape(str(data / 'own.safetensors'))}"
+    )
+    with pytest.raises(MissingWeightsError, match=told):
         resolve(small_config(tmp_path, **sections))
     save_file(micro_vit(num_classes=3).state_dict(), data / "own.safetensors")
     below = resolve(small_config(tmp_path, **sections)).loaded.fingerprint
@@ -59,3 +63,28 @@ def test_calibration_and_head_images_are_of_every_class_though_the_set_is_ordere
         assert len(chosen) == count
         assert chosen < fit
         assert np.bincount(labels, minlength=3).min() >= count // 6
+
+
+def test_a_split_is_known_by_the_images_that_are_read_of_it(tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", 3, 200)
+    save_file(micro_vit(num_classes=3).state_dict(), data / "own.safetensors")
+    sections = {
+        "dataset": {"name": "folder", "root": str(data), "limit": None, "fit": 0.4, "target": 0.3, "select": 0.1,
+                    "test": 0.2, "trained_on": "none"},
+        "backbone": {"name": "micro_vit_fashion_mnist", "checkpoint": "own.safetensors", "num_classes": 3},
+        "quantization": {"images": 40},
+        "heads": {"images": 60},
+    }  # fmt: skip
+
+    def prints() -> dict[str, str]:
+        plan = resolve(small_config(tmp_path, **sections))
+        return {split: plan.split_fingerprint(split) for split in plan.splits}
+
+    plan, before = resolve(small_config(tmp_path, **sections)), prints()
+    read = {p for s in (*plan.head_images(), *plan.calibration_images()) for p in s.positions.tolist()}
+    idle = next(p for s in plan.splits["fit"] for p in s.positions.tolist() if p not in read)
+    files = sorted(data.rglob("*.png"))
+    files[idle].write_bytes(files[min(read)].read_bytes())
+    assert prints() == before
+    files[min(read)].write_bytes(files[idle + 1 if idle + 1 < len(files) else idle - 1].read_bytes())
+    assert {split for split, own in prints().items() if own != before[split]} == {"fit"}

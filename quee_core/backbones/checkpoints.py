@@ -70,9 +70,8 @@ def state_dict_of(content: object, source: object) -> dict[str, Tensor]:
                 f"{source}: holds no state dict: {name!r} is a {type(value).__name__}; want tensors by parameter name"
             )
     state = dict(content)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((own for own in _PREFIXES if all(name.startswith(own) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
@@ -164,7 +163,10 @@ def _head_fault(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
         return f"has no classifier head, and the model one of {classes} classes: build the model with num_classes 0"
     if classes is None:
         return f"has a head of {given} classes, and the model none: set num_classes to {given}"
-    return f"has a head of {given} classes, and the model one of {classes}: set num_classes to {given}"
+    return (
+        f"has a head of {given} classes, and the model one of {classes}: set num_classes to {given} if those are the "
+        f"images' classes, or fine-tune it to the {classes} first (`quee finetune`, configs/finetune)"
+    )
 
 
 def _class_count(state: Mapping[str, Tensor]) -> int | None:

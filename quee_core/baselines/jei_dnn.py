@@ -53,7 +53,7 @@ def jei_dnn_exits(data: BaselineData, prices: NDArray[np.float64]) -> PolicyPair
             ]  # fmt: skip
     return ladder_pair(
         "jei-dnn", data, policies, trainings=len(grid) * len(data.tree.bits),
-        trained="a linear gate and a temperature an exit, for each λ and bit-width",
+        trained="a linear gate and a temperature an exit, for each λ and bit-width; heads stay as they are",
     )  # fmt: skip
 
 

@@ -27,15 +27,10 @@ from torch.nn.utils import skip_init
 from quee_core.baselines.answers import answered, confidences
 from quee_core.baselines.data import BaselineData, PolicyPair
 from quee_core.baselines.ladders import LadderAnswers, LadderPolicy, ladder_pair, replaced_errors, threshold_policies
-from quee_core.corrections import log_probabilities
+from quee_core.corrections import BATCH, EPOCHS, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, log_probabilities
 from quee_core.tables import Outcomes
 from quee_core.thresholds import CONFIDENCES
 
-EPOCHS = 8
-BATCH = 512
-LEARNING_RATE = 0.05  # SGD's, of the corrections, with momentum; falls to 0
-MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-3
 META_LEARNING_RATE = 1e-3  # Adam's, of the weight network
 HIDDEN = 64
 RANGE = 0.8  # weights lie in 1 +- this

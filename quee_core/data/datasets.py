@@ -77,6 +77,7 @@ class DatasetEntry:
     needs_root: bool
     load: Callable[[Path | None], ImageDataset]
     at_url: Callable[[str], ImageDataset] | None = None
+    packed: Callable[[Path], list[str]] | None = None  # what lies below a root in archives that were not unpacked yet
 
 
 def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[np.int16]:
@@ -137,6 +138,12 @@ def _folder(root: Path | None) -> ImageDataset:
     return FolderSet.open(require_root(root, "folder", "a folder of images for each class"))
 
 
+def _packed_imagenet(root: Path) -> list[str]:
+    from quee_core.data.imagenet_archives import packed_pieces
+
+    return packed_pieces(root)
+
+
 def _torchvision(name: str, expected: str) -> Callable[[Path | None], ImageDataset]:
     def load(root: Path | None) -> ImageDataset:
         from quee_core.data.torchvision_sets import TorchvisionSet
@@ -182,6 +189,7 @@ _DATASETS = {
         "ImageNet-1k (ILSVRC 2012) as torchvision lays it out",
         True,
         _torchvision("imagenet", "meta.bin, train and val, or the official archives"),
+        packed=_packed_imagenet,
     ),
     "cifar10_micro": DatasetEntry(
         "CIFAR-10 as cifar10/heldout.parquet and cifar10/test.parquet, for the CIFAR-10 micro ViT", True, _cifar10_micro
@@ -190,15 +198,21 @@ _DATASETS = {
 DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(_DATASETS)
 
 
-def load_dataset(name: str, root: Path | None = None, url: str | None = None) -> ImageDataset:
+def load_dataset(name: str, root: Path | None = None, url: str | None = None, *, unpack: bool = True) -> ImageDataset:
     """The data set `name`, its files under `root` where it is not bundled, or below `url`.
 
-    Raises ConfigError with near names for an unknown one, or for a URL of a set that is read from a disk; DataError for
-    files that are missing or damaged, StoreError for a URL whose server does not give them.
+    Official archives that have to be unpacked first, are, beside themselves; without `unpack`, MissingDataError says
+    which. Raises ConfigError with near names for an unknown set, or for a URL of a set that is read from a disk;
+    DataError for files that are missing or damaged, StoreError for a URL whose server does not give them.
     """
     if name not in DATASETS:
         raise ConfigError(f"data set {name!r}: unknown; {did_you_mean(name, DATASETS)}")
     if url is None:
+        packed = DATASETS[name].packed
+        if not unpack and root is not None and packed is not None and (pieces := packed(root)):
+            raise MissingDataError(
+                f"data set {name}: {' and '.join(pieces)} under {root} are archives still, which a sweep unpacks there"
+            )
         return DATASETS[name].load(root)
     if (at_url := DATASETS[name].at_url) is None:
         known = ", ".join(name for name, entry in DATASETS.items() if entry.at_url)

@@ -5,6 +5,7 @@ with no other guard, and neither says which file it misses.
 """
 
 import pickle
+import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,19 +18,15 @@ from PIL import Image
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torchvision import datasets
+from torchvision.datasets.imagenet import META_FILE
 
 from quee_core.data.datasets import DatasetDescription, ImageDataset, check_labels
 from quee_core.data.decoding import decode
 from quee_core.data.folder_set import path_ids, read_image_file
+from quee_core.data.imagenet_archives import ARCHIVES, check_unpacked, missing_pieces, unpack
 from quee_core.errors import DataError, MissingDataError
 
 DIGITS = tuple("0123456789")
-IMAGENET_META = "meta.bin"
-IMAGENET_ARCHIVES = {
-    IMAGENET_META: "ILSVRC2012_devkit_t12.tar.gz",
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,24 +167,26 @@ def _svhn(root: Path) -> TorchvisionSet:
 
 
 def _imagenet(root: Path) -> TorchvisionSet:
-    absent = [
-        kept for kept, archive in IMAGENET_ARCHIVES.items() if not any((root / f).exists() for f in (kept, archive))
-    ]
-    if absent:
+    if absent := missing_pieces(root):
         raise MissingDataError(
             f"data set imagenet: {root} lacks "
-            + " and ".join(f"{kept} (or {IMAGENET_ARCHIVES[kept]})" for kept in absent)
+            + " and ".join(f"{kept} (or {ARCHIVES[kept]})" for kept in absent)
             + "; expected there: meta.bin as torchvision writes it, and the folders train and val with a folder for "
             "each WordNet id, or the official archives that they come from"
         )
+    try:
+        unpack(root)
+    except (RuntimeError, OSError, ValueError, TypeError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"data set imagenet: archives under {root} cannot be unpacked: {_one_line(error)}") from None
     held: dict[str, datasets.ImageNet] = {}
     for part in ("train", "val"):
         try:
             held[part] = datasets.ImageNet(str(root), split=part)
         except KeyError as error:
-            raise DataError(f"{root / part}: folder {error} is none of the WordNet ids in {IMAGENET_META}") from None
+            raise DataError(f"{root / part}: folder {error} is none of the WordNet ids in {META_FILE}") from None
         except (RuntimeError, OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise DataError(f"data set imagenet, part {part}, under {root}: {_one_line(error)}") from None
+    check_unpacked(root, held)
     if odd := sorted(set(held["train"].wnids) ^ set(held["val"].wnids)):
         raise DataError(f"data set imagenet: folder {odd[0]} is not in both {root / 'train'} and {root / 'val'}")
     names = [words[0] for words in held["val"].classes]

@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
         self.shift = _shift_to_bytes(inputs) if self.in_features > 1 else None
         if self.shift is not None:
             offset = integers.sum(dim=1, dtype=torch.int32) * self.shift
-            self.register_buffer("bytes", integers.to(torch.int8).contiguous(), persistent=False)
+            self.register_buffer("bytes", integers.contiguous(), persistent=False)
             self.register_buffer("offset", offset, persistent=False)
 
     def integers(self) -> Tensor:

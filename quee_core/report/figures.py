@@ -112,11 +112,11 @@ def shares_by_path(record: SweepRecord) -> go.Figure:
 
 
 def shares_by_exit(record: SweepRecord) -> go.Figure:
-    """Where images leave, and at which bit-widths their segments run, at each reported operating point."""
+    """Where images leave, and at which bit-widths the segments of the answering path run, at each operating point."""
     rows = _overall(record)
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12,
-        subplot_titles=("images, by the exit that answers", "segments, by bit-width"),
+        subplot_titles=("images, by the exit that answers", "segments of the answering path, by bit-width"),
     )  # fmt: skip
     _dress(figure, "Share of images by exit, and of segments by bit-width", height=560)
     if not rows:
@@ -139,9 +139,9 @@ def shares_by_exit(record: SweepRecord) -> go.Figure:
         bars(1, f"exit {k}", colour, share, f"images that leave at exit {k} (of {depth})")
     for bits, colour in _bits_colours(record, record.bits).items():
         run = [sum(s * Path.parse(p).bits.count(bits) for p, s in row.shares.items()) / depth for row in rows]
-        bars(2, f"{bits} bits", colour, run, f"segments run at {bits} bits")
+        bars(2, f"{bits} bits", colour, run, f"segments at {bits} bits")
     idle = [sum(s * (depth - Path.parse(p).exit) for p, s in row.shares.items()) / depth for row in rows]
-    bars(2, "not run", palette.NOT_RUN, idle, "segments saved by leaving early")
+    bars(2, "not run", palette.NOT_RUN, idle, "segments behind the exit that answers")
     figure.update_layout(barmode="stack", bargap=0.25)
     figure.update_yaxes(range=[0, 1], tickformat=".0%")
     figure.update_xaxes(**_point_axis(rows))

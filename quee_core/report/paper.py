@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from quee_core.deployment import RouterManifest
 from quee_core.gates import EXIT_NOW
 from quee_core.paths import ROOT, Path
 from quee_core.plan import RANDOM_WEIGHTS
@@ -24,12 +25,13 @@ SHOWN_FRONTS = 6
 SHOWN_CLASSES = 40
 SHOWN_TREE = 150  # paths; of a larger tree, what the walk comes by is drawn
 SHOWN_OPTIONS = 12  # of a gate, in what is shown over it
+WALKED = "{} by the gates' rule; at a way, the least loss of the paths that begin with it"
 _LINE = 100  # characters of a caption's line
 _TITLE, _LINE_HEIGHT = 52, 17  # pixels
 
 
 def classes(record: SweepRecord, rows: Sequence[ShareRow]) -> go.Figure:
-    """Fig. 1: which class uses which reduction: its images by exit, and by the narrowest bit-width of their path.
+    """Fig. 1: which class uses which reduction: by exit, and by the narrowest bit-width of the answering path.
 
     rows: that of all images first, then of the classes.
     """
@@ -39,7 +41,7 @@ def classes(record: SweepRecord, rows: Sequence[ShareRow]) -> go.Figure:
         shown = [shown[0], *by_exit[: SHOWN_CLASSES // 2], *by_exit[-SHOWN_CLASSES // 2 :]]
     figure = make_subplots(
         rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.08,
-        subplot_titles=("by the exit that answers", "by the narrowest bit-width on the way"),
+        subplot_titles=("by the exit that answers", "by the narrowest bit-width of the answering path"),
     )  # fmt: skip
     names = ["<b>all images</b>", *(plotly_text(row.class_name) for row in shown[1:])]
     place = list(range(len(shown)))
@@ -122,12 +124,13 @@ def predictors(record: SweepRecord, rows: Sequence[PointFront]) -> go.Figure:
     return _fronts(record, "Fig. 4: fronts of predictors of different RMSE", named, what)
 
 
-def clusters(record: SweepRecord, gate: Path, rows: Sequence[ClusterRow]) -> go.Figure:
-    """Fig. 5A: observed error rate and mean entropy of each cluster at a gate, clusters by ascending rate."""
+def clusters(record: SweepRecord, gate: Path, asked: int, rows: Sequence[ClusterRow]) -> go.Figure:
+    """Fig. 5A: observed error rate and mean entropy of each of K = `asked` clusters at a gate, by ascending rate."""
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     place = list(range(1, len(rows) + 1))
     figure.add_bar(
-        x=place, y=[row.error for row in rows], name="error rate, if all exit here", marker={"color": palette.QUEE},
+        x=place, y=[row.error for row in rows], name="ground truth: error rate, if all exit here",
+        marker={"color": palette.QUEE},
         error_y={"array": [row.high - row.error for row in rows], "arrayminus": [row.error - row.low for row in rows],
                  "color": palette.INK, "thickness": 1, "width": 3},
         hovertext=[f"n = {row.n:,}<br>error rate {percent(row.error)} ({interval(row.low, row.high)})<br>"
@@ -147,8 +150,11 @@ def clusters(record: SweepRecord, gate: Path, rows: Sequence[ClusterRow]) -> go.
     figure.update_yaxes(title_text="error rate", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text="entropy, nats", secondary_y=True, showgrid=False, rangemode="tozero")
     figure.update_yaxes(tickformat=".2~f", secondary_y=True)
-    what = f"Error rate and mean entropy by cluster at gate {gate}, with 95% intervals; clusters are of target images"
-    return _titled(figure, f"Fig. 5A: {len(rows)} clusters of a gate's features", caption(record, what), 520)
+    what = (
+        f"Error rate of test images, with its interval of 95%, and mean entropy by cluster at gate {gate}; clusters "
+        "are of target images, and those without a test image are left out"
+    )
+    return _titled(figure, f"Fig. 5A: ground truth and entropy by cluster, K = {asked}", caption(record, what), 520)
 
 
 def ladder(record: SweepRecord, rows: Sequence[LadderRow]) -> go.Figure:
@@ -193,12 +199,20 @@ def cluster_fronts(record: SweepRecord, rows: Sequence[PointFront]) -> go.Figure
 
 def caption(record: SweepRecord, what: str) -> str:
     """`what`, of which run, on how many test images, with which seeds; and that it was measured here."""
-    seeds = ", ".join(f"{name} {seed}" for name, seed in record.seeds.items())
-    told = (
-        f"{what}. Run {record.name}: {record.backbone} on {record.dataset}; n = {record.splits['test']} test images; "
-    )
-    told += f"seeds: {seeds or 'none'}. Measured here."
-    return f"{told} {RANDOM_WEIGHTS.capitalize()}." if RANDOM_WEIGHTS in record.cautions else told
+    of, n = f"{record.name}: {record.backbone} on {record.dataset}", f"n = {record.splits['test']} test images"
+    return _caption(what, of, n, record.seeds, RANDOM_WEIGHTS in record.cautions)
+
+
+def walk_caption(manifest: RouterManifest, image: str) -> str:
+    """Of the walk of one image, by its name, through a deployed router."""
+    of = f"{manifest.run}: {manifest.architecture.name} on {manifest.dataset}"
+    return _caption(WALKED.format(image), of, "n = 1 image", manifest.seeds, RANDOM_WEIGHTS in manifest.cautions)
+
+
+def _caption(what: str, of: str, n: str, seeds: Mapping[str, int], random_weights: bool) -> str:
+    drawn = ", ".join(f"{name} {seed}" for name, seed in seeds.items())
+    told = f"{what}. Run {of}; {n}; seeds: {drawn or 'none'}. Measured here."
+    return f"{told} {RANDOM_WEIGHTS.capitalize()}." if random_weights else told
 
 
 def _shares(rows: Sequence[ShareRow], *, exit_: int | None = None, bits: int | None = None) -> list[float]:
