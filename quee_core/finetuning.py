@@ -4,14 +4,13 @@ What an image looks like in an epoch depends on the seed, the epoch and its plac
 step: a training that was interrupted ends with the bits of one that was not, on a CPU of the same kind.
 """
 
-import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
-from typing import Any, Final, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from quee_core.backbones.checkpoints import TRAINED_ON, read_note
 from quee_core.backbones.registry import load_model
 from quee_core.config import SweepConfig
 from quee_core.data.datasets import ImageDataset, load_dataset
@@ -35,13 +33,13 @@ from quee_core.finetune_config import FinetuneConfig, TrainingConfig
 from quee_core.fingerprints import fingerprint
 from quee_core.fronts import wilson_interval
 from quee_core.plan import weights_file
+from quee_core.trained_images import NOTE, TrainedImages, probes_of, read_trained_images
 from quee_core.whole_files import disk_faults, whole_file
 
 STATE = "training.pt"
 WEIGHTS = "weights.safetensors"
-TRAIN: Final = "train"
-SHARE: Final = "share"
 EVALUATION_BATCH = 256
+AMPERE = 8  # major compute capability of the first GPUs that multiply bfloat16
 NO_MATTER = (("dataset", "root"), ("backbone", "checkpoint"), ("backbone", "exits"), ("training", "workers"))
 
 
@@ -75,7 +73,7 @@ class Epoch:
 class Training:
     """All that a training needs; made by `prepare`. model: timm's, with a new head. learnt, watched: images.
 
-    trained_on: what a sweep of the weights says in `dataset.trained_on`.
+    seen: what the weights will say of `learnt`.
     """
 
     config: FinetuneConfig
@@ -84,7 +82,7 @@ class Training:
     preprocessing: Preprocessing
     learnt: tuple[Selection, ...]
     watched: tuple[Selection, ...]
-    trained_on: Literal["train", "share"]
+    seen: TrainedImages
     device: torch.device
     fingerprint: str
 
@@ -100,6 +98,7 @@ def prepare(config: FinetuneConfig) -> Training:
     Raises the QueeError that names what does not fit, before anything is trained.
     """
     device = choose_device(config.run.device)
+    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs)
     dataset = load_dataset(config.dataset.name, config.dataset.root)
     about, asked = dataset.description, config.backbone
     parts, others = trained_parts(about)
@@ -117,9 +116,11 @@ def prepare(config: FinetuneConfig) -> Training:
     if config.dataset.limit is not None:
         learnt = [*subsample(dataset, learnt, config.dataset.limit, config.dataset.seed + 1)]
     watched = subsample(dataset, left, config.dataset.watched, config.dataset.seed + 1)
-    checkpoint = weights_file(asked.checkpoint, config.dataset.root, config.run.runs)
-    trained_on: Literal["train", "share"] = TRAIN if others else SHARE
-    check_start(checkpoint, {"name": config.dataset.name, **seen_images(config, trained_on)})
+    seen = TrainedImages(
+        name=config.dataset.name, trained_on="train" if others else "share", probes=probes_of(dataset, tuple(learnt)),
+        **({} if others else {"trained_share": config.dataset.share, "trained_seed": config.dataset.seed}),
+    )  # fmt: skip
+    check_start(checkpoint, seen, dataset)
     model, data_config, start = load_model(
         asked.name, exits=asked.exits, checkpoint=checkpoint, pretrained=asked.pretrained, image_size=asked.image_size,
         random_weights=asked.random_weights, new_classes=len(about.classes), seed=config.training.seed,
@@ -130,25 +131,23 @@ def prepare(config: FinetuneConfig) -> Training:
         settings[section].pop(field)
     return Training(
         config, dataset, model, Preprocessing.from_data_config(data_config), tuple(learnt), watched,
-        trained_on, device, fingerprint([settings, contents, start]),
+        seen, device, fingerprint([settings, contents, start]),
     )  # fmt: skip
 
 
-def check_start(checkpoint: FilePath | None, seen: dict[str, Any]) -> None:
-    """Raises ConfigError if starting weights have learnt from other images of the set: a sweep could not know of both.
+def check_start(checkpoint: FilePath | None, seen: TrainedImages, dataset: ImageDataset) -> None:
+    """Raises ConfigError if starting weights have learnt from other images of `dataset`: a sweep can't know of both.
 
-    seen: what a note in the new weights will say.
+    seen: what the new weights will have learnt from. Raises CheckpointError, DataError as what it reads does.
     """
-    said = None if checkpoint is None else read_note(checkpoint, TRAINED_ON)
-    if said is None:
+    before = read_trained_images(checkpoint)
+    if before is None or before.name != seen.name or before.settings == seen.settings or not before.lie_in(dataset):
         return
-    before = json.loads(said)
-    if before["name"] == seen["name"] and before != seen:
-        told = ", ".join(f"{field} {value}" for field, value in before.items() if field != "name")
-        raise ConfigError(
-            f"{checkpoint}: it has learnt from other images of {seen['name']} before ({told}), which a sweep could not "
-            "tell from new ones; take the same share and seed, or begin from other weights"
-        )
+    told = ", ".join(f"{field} {value}" for field, value in before.settings.items())
+    raise ConfigError(
+        f"{checkpoint}: it has learnt from other images of {seen.name} before ({told}), which a sweep could not "
+        "tell from new ones; take the same share and seed, or begin from other weights"
+    )
 
 
 def train(training: Training, folder: FilePath) -> Iterator[Epoch]:
@@ -180,13 +179,6 @@ def train(training: Training, folder: FilePath) -> Iterator[Epoch]:
     write_weights(training, folder / WEIGHTS)
 
 
-def seen_images(config: FinetuneConfig, trained_on: Literal["train", "share"]) -> dict[str, Any]:
-    """What a sweep says of the images that were learnt from, as fields of its section `dataset`."""
-    if trained_on == TRAIN:
-        return {"trained_on": TRAIN}
-    return {"trained_on": SHARE, "trained_share": config.dataset.share, "trained_seed": config.dataset.seed}
-
-
 def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
     """A sweep of the weights in `folder`, on the images that they have not seen; all else as by default."""
     config = training.config
@@ -194,8 +186,7 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
         {
             "name": f"{config.name}-sweep"[:80],
             "dataset": {
-                "name": config.dataset.name, "root": config.dataset.root,
-                **seen_images(config, training.trained_on),
+                "name": config.dataset.name, "root": config.dataset.root, **training.seen.settings,
             },
             "backbone": {
                 "name": config.backbone.name, "exits": config.backbone.exits,
@@ -208,10 +199,9 @@ def sweep_of(training: Training, folder: FilePath) -> SweepConfig:
 
 def write_weights(training: Training, path: FilePath) -> None:
     """The weights as safetensors, which say in their metadata which images they have seen. Raises StoreError."""
-    said = {"name": training.config.dataset.name, **seen_images(training.config, training.trained_on)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.model.state_dict().items()}
     with disk_faults(path, "written"), whole_file(path) as file:
-        file.write(save(tensors, {TRAINED_ON: json.dumps(said)}))
+        file.write(save(tensors, {NOTE: training.seen.model_dump_json()}))
 
 
 class _Images(Dataset[tuple[Tensor, int] | QueeError]):
@@ -305,7 +295,8 @@ def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:
         return named
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # an older one would emulate bfloat16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= AMPERE else torch.float16
 
 
 def learning_rate(step: int, steps: int, settings: TrainingConfig) -> float:
@@ -403,5 +394,6 @@ def _resume(
         )
     training.model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # of a training in float16; another device may go on in float16 with one that was not
+        scaler.load_state_dict(state["scaler"])
     return done

@@ -15,10 +15,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
+def alone(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold `path`, a file that stays, while the block lasts, once no other process or thread does.
 
-    The log tells of waiting. Where the file system has no locks, nobody waits. Raises StoreError where the file can't
+    The log tells of waiting. Where the file system has no locks, nobody waits, and the block is given False, not True.
+    Raises StoreError where the file can't
     be made or locked, BlockingIOError where another one holds it and this one is not to `wait`.
     """
     with disk_faults(path, "written"):
@@ -26,16 +27,17 @@ def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
         file = path.open("ab")
     with file:
         try:
-            _lock(file.fileno(), path, wait=False)
+            held = _lock(file.fileno(), path, wait=False)
         except BlockingIOError:
             if not wait:
                 raise
             logger.info("waiting for another process that holds %s", path)
-            _lock(file.fileno(), path, wait=True)
-        yield
+            held = _lock(file.fileno(), path, wait=True)
+        yield held
 
 
-def _lock(file: int, path: Path, *, wait: bool) -> None:
+def _lock(file: int, path: Path, *, wait: bool) -> bool:
+    """Whether it is held: not where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -44,3 +46,5 @@ def _lock(file: int, path: Path, *, wait: bool) -> None:
         if error.errno not in _NO_LOCKS:
             with disk_faults(path, "locked"):
                 raise
+        return False
+    return True

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quee_core.backbones.checkpoints import TRAINED_ON, read_note
 from quee_core.backbones.registry import LoadedBackbone, load_backbone
-from quee_core.config import DatasetConfig, SweepConfig
+from quee_core.config import SweepConfig
 from quee_core.costs import edge_bits
 from quee_core.data.datasets import UNLABELLED, ImageDataset, load_dataset
 from quee_core.data.loading import Batch, image_batches
@@ -23,8 +22,10 @@ from quee_core.fingerprints import code_version, environment_versions, fingerpri
 from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
 from quee_core.quantize.methods import quant_method
+from quee_core.trained_images import read_trained_images
 
 WALKED: tuple[SplitName, ...] = ("target", "select", "test")  # of every plan
+UNSAID = "weights of `quee finetune` say which images they have seen; with such a checkpoint the splits are others"
 RANDOM_WEIGHTS = "random weights: the figures say nothing about the backbone"
 
 # The modules whose code a stored thing depends on. A reworded comment costs nothing, a changed line recomputes.
@@ -210,15 +211,17 @@ def resolve(config: SweepConfig) -> SweepPlan:
     classes that differ from the head's, more clusters than images.
     """
     quant_method(config.quantization.method)
+    weights = _Weights.of(config)  # before a data set, which may have to be unpacked for hours
     dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
-    return _planned(dataset, *_load(config))
+    known = _with_images_seen(config, dataset, weights.checkpoint)
+    return _planned(dataset, known, _load(known, weights))
 
 
 def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     """The plan as far as it can be known without files that are not there, and what is missing and expected where.
 
     A published data set then stands with its numbers, a backbone with random weights: enough to count and to time, and
-    for nothing else. Nothing is downloaded. Raises as `resolve` does for whatever else does not fit.
+    for nothing else. Nothing is downloaded or unpacked. Raises as `resolve` does for whatever else does not fit.
     """
     quant_method(config.quantization.method)
     missing: list[str] = []
@@ -229,33 +232,49 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
             raise
         missing.append(str(error))
         dataset = AbsentSet(config.dataset.name)
+    weights, told = None, ""
     try:
-        known, loaded = _load(config, offline=True)
+        weights = _Weights.of(config, offline=True)
+        config = _with_images_seen(config, dataset, weights.checkpoint)
+        loaded = _load(config, weights, offline=True)
     except MissingWeightsError as error:
         missing.append(str(error))
+        if weights is None and config.dataset.trained_on is None:
+            told = UNSAID
         drawn = config.backbone.model_copy(
             update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
         )
-        known, (_, loaded) = config, _load(config.model_copy(update={"backbone": drawn}))
-    return _planned(dataset, known, loaded), tuple(missing)
+        loaded = _load(config.model_copy(update={"backbone": drawn}), _Weights())
+    planned = _planned(dataset, config, loaded)
+    return (replace(planned, cautions=(*planned.cautions, told)) if told else planned), tuple(missing)
 
 
-def _load(config: SweepConfig, *, offline: bool = False) -> tuple[SweepConfig, LoadedBackbone]:
-    """The backbone, and `config` with what its weights say of the images that they have seen."""
-    checkpoint = weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
-    seen = images_seen(config.dataset, checkpoint)
-    loaded = load_backbone(
+@dataclass(frozen=True)
+class _Weights:
+    """Files of weights, where there are any, of the backbone and of a head of its own."""
+
+    checkpoint: FilePath | None = None
+    head: FilePath | None = None
+
+    @classmethod
+    def of(cls, config: SweepConfig, *, offline: bool = False) -> "_Weights":
+        """Those that the sweep names. Raises as `weights_file` does."""
+        given, root, runs = config.backbone, config.dataset.root, config.run.runs
+        return cls(*(weights_file(file, root, runs, offline=offline) for file in (given.checkpoint, given.head)))
+
+
+def _load(config: SweepConfig, weights: _Weights, *, offline: bool = False) -> LoadedBackbone:
+    return load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
-        checkpoint=checkpoint,
-        head=weights_file(config.backbone.head, config.dataset.root, config.run.runs, offline=offline),
+        checkpoint=weights.checkpoint,
+        head=weights.head,
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
         random_weights=config.backbone.random_weights,
         offline=offline,
     )
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update=seen)}), loaded
 
 
 def _planned(dataset: ImageDataset, config: SweepConfig, loaded: LoadedBackbone) -> SweepPlan:
@@ -318,19 +337,26 @@ def weights_file(
     return found
 
 
-def images_seen(asked: DatasetConfig, checkpoint: FilePath | None) -> dict[str, object]:
-    """What weights say of the images of the data set that they have learnt from, as fields of a sweep's `dataset`.
+def _with_images_seen(config: SweepConfig, dataset: ImageDataset, checkpoint: FilePath | None) -> SweepConfig:
+    """`config` with what weights say of the images of `dataset` that they have learnt from, if they do.
 
-    Nothing, {}, if they say nothing or of another set. Raises ConfigError if `asked` says otherwise.
+    Raises ConfigError if the settings say otherwise, or weights speak of other images than those of `dataset`.
     """
-    said = None if checkpoint is None else read_note(checkpoint, TRAINED_ON)
-    seen: dict[str, object] = {} if said is None else json.loads(said)
-    if not seen or seen.pop("name") != asked.name:
-        return {}
-    if asked.trained_on is not None and any(getattr(asked, field) != value for field, value in seen.items()):
-        wanted = ", ".join(f"dataset.{field}: {value}" for field, value in seen.items())
+    said, asked = read_trained_images(checkpoint), config.dataset
+    if said is None or said.name != asked.name:
+        return config
+    if not isinstance(dataset, AbsentSet) and not said.lie_in(dataset):
+        if asked.trained_on not in (None, "share"):
+            return config
+        raise ConfigError(
+            f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here under "
+            "other names, by which they are known; lay them out as they were, or set dataset.trained_on: none if they "
+            "are not here"
+        )
+    if asked.trained_on is not None and any(getattr(asked, field) != value for field, value in said.settings.items()):
+        wanted = ", ".join(f"dataset.{field}: {value}" for field, value in said.settings.items())
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name}, and its confidence there says nothing about "
             f"new ones; set {wanted}, or leave dataset.trained_on out"
         )
-    return seen
+    return config.model_copy(update={"dataset": asked.model_copy(update=said.settings)})

@@ -1,9 +1,11 @@
 """CIFAR, SVHN and ImageNet, from tiny sets in the formats in which the real ones are published."""
 
+import errno
 import pickle
 import pickletools
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 
 from quee_core.config import parse_config
 from quee_core.data.datasets import load_dataset
+from quee_core.data.imagenet_archives import ARCHIVES, LOCK
 from quee_core.data.splits import choose_splits
-from quee_core.errors import DataError, MissingDataError
+from quee_core.errors import DataError, MissingDataError, StoreError
 from quee_core.plan import outline
+from quee_core.whole_files import temporary_name
 from tests.published_files import (
     CIFAR10_CLASSES,
     cifar_batch,
@@ -299,31 +303,76 @@ def test_a_plan_unpacks_nothing_and_says_what_is_packed(archives: Path) -> None:
     assert sorted(archives.rglob("*")) == before
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_an_unpacking_that_was_interrupted_is_begun_anew(part: str, archives: Path) -> None:
-    beginning = archives / f"{part}.unpacking"
-    beginning.mkdir()
+def test_what_a_killed_process_had_begun_to_unpack_is_removed(archives: Path) -> None:
+    beginning = archives / temporary_name("train") / "train"
+    beginning.mkdir(parents=True)
     (beginning / "n01440764.tar").write_bytes(b"half")
-    whole = load_dataset("imagenet", archives)
-    assert len(whole.sample_ids(part)) == 6
-    assert not beginning.exists()
+    assert len(load_dataset("imagenet", archives).sample_ids("train")) == 6
+    assert not beginning.parent.exists()
+
+
+def test_processes_that_unpack_at_once_agree(archives: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: load_dataset("imagenet", archives), range(4)))
+    found = [dataset.sample_ids("val").tolist() for dataset in opened]
+    assert len(found[0]) == 6
+    assert found == found[:1] * 4
 
 
 @pytest.mark.parametrize(("part", "left"), [("val", "ILSVRC2012_val_00000003.JPEG"), ("train", "n02012849.tar")])
 def test_a_part_that_another_left_half_unpacked_is_refused(part: str, left: str, tmp_path: Path) -> None:
     write_imagenet(tmp_path)
     (tmp_path / part / left).write_bytes(b"not moved yet")
-    with pytest.raises(
-        DataError, match=rf"{part}/{re.escape(left)}: lies outside .* delete .*/{part}, and it is unpacked"
-    ):
+    beside = rf"{part}/{re.escape(left)}: lies beside the folders of the classes.*"
+    with pytest.raises(DataError, match=rf"{beside}see that all images are in those folders, and move {left} away"):
+        load_dataset("imagenet", tmp_path)  # no word of deleting what there is no archive of
+    (tmp_path / f"ILSVRC2012_img_{part}.tar").write_bytes(b"the archive")
+    with pytest.raises(DataError, match=rf"{beside}delete .*/{part}, and it is unpacked anew from ILSVRC2012_img_"):
         load_dataset("imagenet", tmp_path)
 
 
-def test_an_archive_that_is_not_the_official_one_leaves_nothing_behind(archives: Path) -> None:
-    (archives / "ILSVRC2012_img_val.tar").write_bytes(b"cut short")
-    with pytest.raises(DataError, match=r"archives under .* cannot be unpacked: .*ILSVRC2012_img_val\.tar"):
+@pytest.mark.parametrize("archive", ["ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+def test_an_archive_that_is_not_the_official_one_leaves_nothing_behind(archive: str, archives: Path) -> None:
+    (archives / archive).write_bytes(b"cut short")
+    with pytest.raises(DataError, match=rf"{archive}: cannot be unpacked: .*corrupted"):
         load_dataset("imagenet", archives)
-    assert not (archives / "val").exists()
+    left = {path.name for path in archives.iterdir()} - {"meta.bin", "train", LOCK, *ARCHIVES.values()}
+    assert not left
+
+
+def test_a_full_disk_loses_no_archive_and_leaves_nothing_behind(
+    archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torchvision.datasets.imagenet.extract_archive", full)
+    with pytest.raises(StoreError, match=r"devkit_t12\.tar\.gz: cannot be unpacked: the disk is full"):
+        load_dataset("imagenet", archives)
+    assert {path.name for path in archives.iterdir()} == {LOCK, *ARCHIVES.values()}
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_named(archives: Path) -> None:
+    (archives / "train").symlink_to(archives / "unmounted")
+    with pytest.raises(DataError, match=r"train: a link to .*unmounted, which is not there"):
+        load_dataset("imagenet", archives)
+
+
+@pytest.mark.parametrize("data", [bytes(100), b"garbage", b""])
+@pytest.mark.parametrize("kit", [True, False])
+def test_a_damaged_meta_file_is_named(kit: bool, data: bytes, archives: Path) -> None:
+    (archives / "meta.bin").write_bytes(data)
+    if not kit:
+        (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    what = "made anew from ILSVRC2012_devkit" if kit else "get it again"
+    with pytest.raises(DataError, match=rf"meta\.bin: damaged, or not torchvision's .*delete it, and .*{what}"):
+        load_dataset("imagenet", archives)
+
+
+def test_a_plan_names_what_is_missing_before_what_is_packed(archives: Path) -> None:
+    (archives / "ILSVRC2012_img_val.tar").unlink()
+    with pytest.raises(MissingDataError, match=r"lacks val \(or ILSVRC2012_img_val\.tar\)"):
+        load_dataset("imagenet", archives, unpack=False)
 
 
 def test_an_imagenet_id_outlives_other_images(tmp_path: Path) -> None:
@@ -359,7 +408,7 @@ def test_a_development_kit_that_is_not_the_official_one_is_refused(tmp_path: Pat
     write_imagenet(tmp_path)
     (tmp_path / "meta.bin").unlink()
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"not the archive")
-    with pytest.raises(DataError, match=r"imagenet: archives under .*ILSVRC2012_devkit_t12\.tar\.gz .* corrupted"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_devkit_t12\.tar\.gz: cannot be unpacked: .* corrupted"):
         load_dataset("imagenet", tmp_path)
 
 
@@ -367,7 +416,7 @@ def test_a_meta_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path
     write_imagenet(tmp_path)
     trace = tmp_path / "was_here"
     torch.save(Harm(trace), tmp_path / "meta.bin")
-    with pytest.raises(DataError, match="data set imagenet, part train"):
+    with pytest.raises(DataError, match=r"meta\.bin: damaged"):
         load_dataset("imagenet", tmp_path)
     assert not trace.exists()
 

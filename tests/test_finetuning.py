@@ -1,8 +1,8 @@
 """Fine-tuning: real epochs on real images; stopped and continued it ends with the same bits; its images stay out."""
 
-import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quee_core.backbones import load_backbone
-from quee_core.backbones.checkpoints import TRAINED_ON, read_note
 from quee_core.config import load_config, parse_config
 from quee_core.data.datasets import load_dataset
 from quee_core.data.splits import TrainedShare
-from quee_core.errors import ConfigError, DamagedTableError, NumericError
+from quee_core.errors import CheckpointError, ConfigError, DamagedTableError, NumericError
 from quee_core.finetune_config import FinetuneConfig, TrainingConfig, load_finetune_config
-from quee_core.finetuning import STATE, WEIGHTS, Training, learning_rate, prepare, train
-from quee_core.plan import resolve
+from quee_core.finetuning import STATE, WEIGHTS, Training, _precision, learning_rate, prepare, train
+from quee_core.plan import SweepPlan, resolve
+from quee_core.trained_images import NOTE, read_trained_images
 from tests.published_files import write_folder
 from tests.quee_command import SweepProcess, only_error, quee, refused
 
@@ -141,8 +141,10 @@ def test_a_set_without_a_held_out_part_is_learnt_by_a_share_that_sweeps_keep_out
     )  # fmt: skip
     assert quee(tmp_path, "finetune", str(config)).exit_code == 0
     folder = tmp_path / "runs" / "clothes"
-    said = {"name": "folder", "trained_on": "share", "trained_share": 0.6, "trained_seed": 3}
-    assert json.loads(read_note(folder / WEIGHTS, TRAINED_ON) or "") == said
+    said = read_trained_images(folder / WEIGHTS)
+    assert said is not None
+    assert said.name == "folder"
+    assert said.settings == {"trained_on": "share", "trained_share": 0.6, "trained_seed": 3}
     raw = yaml.safe_load((folder / "sweep.yaml").read_text())
     raw["dataset"] |= {"test": 0.2, "fit": 0.3, "target": 0.3, "select": 0.2}
     raw["quantization"], raw["targets"] = {"images": 8}, {"clusters": [None, 3]}
@@ -166,6 +168,66 @@ def test_a_set_without_a_held_out_part_is_learnt_by_a_share_that_sweeps_keep_out
     plain |= {"trained_on": "none"}
     with pytest.raises(ConfigError, match="it was fine-tuned on images of folder"):
         resolve(parse_config(raw | {"dataset": plain}, source="it"))
+
+
+def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -> None:
+    def grey(seed: int) -> np.ndarray[Any, Any]:
+        return np.full((28, 28, 3), seed % 251, np.uint8)
+
+    write_folder(tmp_path / "images", {"cat": 150, "dog": 150}, grey)
+    learnt = {"name": "folder", "root": str(tmp_path / "images"), "share": 0.6, "limit": None, "watched": 50}
+    tuning = written(tmp_path, dataset=learnt, training={"epochs": 1})
+    assert quee(tmp_path, "finetune", str(tuning)).exit_code == 0
+    raw = yaml.safe_load((tmp_path / "runs" / "clothes" / "sweep.yaml").read_text())
+    raw["quantization"], raw["targets"] = {"images": 8}, {"clusters": [None, 3]}
+
+    def asked(images: Path, **fields: Any) -> SweepPlan:
+        shares = {"name": "folder", "root": str(images), "fit": 0.3, "target": 0.3, "select": 0.2, "test": 0.2}
+        return resolve(parse_config(raw | {"dataset": shares | fields}, source="it"))
+
+    same = asked(tmp_path / "images")
+    moved = tmp_path / "moved" / "train"  # the same images by other names, so that hashes draw others
+    shutil.copytree(tmp_path / "images", moved)
+    grown = tmp_path / "grown"
+    shutil.copytree(tmp_path / "images", grown)
+    write_folder(tmp_path / "more", {"cat": 40, "dog": 40}, lambda seed: grey(seed + 7))
+    for file in (tmp_path / "more").rglob("*.png"):
+        file.rename(grown / file.parent.name / f"new{file.name}")
+    write_folder(tmp_path / "other", {"cat": 150, "dog": 150}, lambda seed: grey(seed + 100))  # others by those names
+    for images in (moved.parent, tmp_path / "other"):
+        for fields in ({}, same.config.dataset.model_dump(include={"trained_on", "trained_share", "trained_seed"})):
+            with pytest.raises(ConfigError, match=r"that are not among these, or lie here under other names"):
+                asked(images, **fields)
+        assert asked(images, trained_on="none").config.dataset.trained_on == "none"
+    assert set(same.sample_ids("test").tolist()) <= set(asked(grown).sample_ids("test").tolist())
+    start = {"checkpoint": raw["backbone"]["checkpoint"]}
+    elsewhere = learnt | {"root": str(tmp_path / "other"), "share": 0.5}
+    assert quee(tmp_path, "finetune", str(written(tmp_path, name="b", dataset=elsewhere, backbone=start,
+                                                  training={"epochs": 1}))).exit_code == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "not json", '{"trained_on": "train", "probes": []}', '{"name": "folder", "trained_on": "shar", "probes": []}',
+        '{"name": "folder", "trained_on": "share", "probes": []}',
+        '{"name": "folder", "trained_on": "train", "probes": [], "limit": 10}',
+    ],
+)  # fmt: skip
+def test_a_note_that_quee_did_not_write_is_refused_by_name(note: str, tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "odd.safetensors", {NOTE: note})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: its note quee\.trained_on is none that this version"):
+        read_trained_images(tmp_path / "odd.safetensors")
+    save_file({"weight": torch.ones(2)}, tmp_path / "plain.safetensors")
+    assert read_trained_images(tmp_path / "plain.safetensors") is None
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_that_would_emulate_bfloat16_trains_in_float16(
+    capability: tuple[int, int], wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert _precision(TrainingConfig(), torch.device("cuda:1")) is wanted
 
 
 def test_a_t2t_backbone_is_tuned_to_other_classes_and_keeps_what_is_frozen(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _HEADS = ("head", "head_dist")
 _NAMED = 3
-TRAINED_ON = "quee.trained_on"  # note in weights that quee made: data set and images that they learnt from, as JSON
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

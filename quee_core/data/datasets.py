@@ -77,7 +77,7 @@ class DatasetEntry:
     needs_root: bool
     load: Callable[[Path | None], ImageDataset]
     at_url: Callable[[str], ImageDataset] | None = None
-    packed: Callable[[Path], list[str]] | None = None  # what lies below a root in archives that were not unpacked yet
+    check_unpacked: Callable[[Path], None] | None = None  # raises MissingDataError for what under a root is not
 
 
 def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[np.int16]:
@@ -138,10 +138,10 @@ def _folder(root: Path | None) -> ImageDataset:
     return FolderSet.open(require_root(root, "folder", "a folder of images for each class"))
 
 
-def _packed_imagenet(root: Path) -> list[str]:
-    from quee_core.data.imagenet_archives import packed_pieces
+def _check_unpacked_imagenet(root: Path) -> None:
+    from quee_core.data.imagenet_archives import check_present
 
-    return packed_pieces(root)
+    check_present(root, unpacked=True)
 
 
 def _torchvision(name: str, expected: str) -> Callable[[Path | None], ImageDataset]:
@@ -189,7 +189,7 @@ _DATASETS = {
         "ImageNet-1k (ILSVRC 2012) as torchvision lays it out",
         True,
         _torchvision("imagenet", "meta.bin, train and val, or the official archives"),
-        packed=_packed_imagenet,
+        check_unpacked=_check_unpacked_imagenet,
     ),
     "cifar10_micro": DatasetEntry(
         "CIFAR-10 as cifar10/heldout.parquet and cifar10/test.parquet, for the CIFAR-10 micro ViT", True, _cifar10_micro
@@ -208,11 +208,9 @@ def load_dataset(name: str, root: Path | None = None, url: str | None = None, *,
     if name not in DATASETS:
         raise ConfigError(f"data set {name!r}: unknown; {did_you_mean(name, DATASETS)}")
     if url is None:
-        packed = DATASETS[name].packed
-        if not unpack and root is not None and packed is not None and (pieces := packed(root)):
-            raise MissingDataError(
-                f"data set {name}: {' and '.join(pieces)} under {root} are archives still, which a sweep unpacks there"
-            )
+        check = DATASETS[name].check_unpacked
+        if check is not None and not unpack and root is not None and root.is_dir():
+            check(root)
         return DATASETS[name].load(root)
     if (at_url := DATASETS[name].at_url) is None:
         known = ", ".join(name for name, entry in DATASETS.items() if entry.at_url)

@@ -5,7 +5,6 @@ with no other guard, and neither says which file it misses.
 """
 
 import pickle
-import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torchvision.datasets.imagenet import META_FILE
 from quee_core.data.datasets import DatasetDescription, ImageDataset, check_labels
 from quee_core.data.decoding import decode
 from quee_core.data.folder_set import path_ids, read_image_file
-from quee_core.data.imagenet_archives import ARCHIVES, check_unpacked, missing_pieces, unpack
+from quee_core.data.imagenet_archives import check_present, check_unpacked, meta, unpack
 from quee_core.errors import DataError, MissingDataError
 
 DIGITS = tuple("0123456789")
@@ -167,17 +166,9 @@ def _svhn(root: Path) -> TorchvisionSet:
 
 
 def _imagenet(root: Path) -> TorchvisionSet:
-    if absent := missing_pieces(root):
-        raise MissingDataError(
-            f"data set imagenet: {root} lacks "
-            + " and ".join(f"{kept} (or {ARCHIVES[kept]})" for kept in absent)
-            + "; expected there: meta.bin as torchvision writes it, and the folders train and val with a folder for "
-            "each WordNet id, or the official archives that they come from"
-        )
-    try:
-        unpack(root)
-    except (RuntimeError, OSError, ValueError, TypeError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"data set imagenet: archives under {root} cannot be unpacked: {_one_line(error)}") from None
+    check_present(root)
+    unpack(root)
+    meta(root)  # torchvision would not say what is wrong with it
     held: dict[str, datasets.ImageNet] = {}
     for part in ("train", "val"):
         try:

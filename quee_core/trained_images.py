@@ -1,0 +1,89 @@
+"""Which images of a data set a backbone's weights have learnt from: a note that `quee finetune` leaves in them."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quee_core.backbones.checkpoints import read_note
+from quee_core.data.datasets import ImageDataset
+from quee_core.data.splits import Selection, trained_parts
+from quee_core.errors import CheckpointError
+
+NOTE = "quee.trained_on"  # name of the note in a safetensors file
+PROBES = 16  # images that tell one set of a name from another
+KNOWN = 0.5  # share of them that must be there: some may have been taken out since
+
+
+class TrainedImages(BaseModel):
+    """What weights have seen of the data set `name`, in the words of a sweep's section `dataset`.
+
+    probes: ids of some of those images, and the blake2b of their contents, hex.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    trained_on: Literal["train", "share"]
+    trained_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    trained_seed: Annotated[int, Field(ge=0)] = 0
+    probes: tuple[tuple[int, str], ...]
+
+    @model_validator(mode="after")
+    def _share_is_given(self) -> "TrainedImages":
+        if (self.trained_on == "share") != (self.trained_share is not None):
+            raise ValueError("trained_on share and trained_share belong together")
+        return self
+
+    @property
+    def settings(self) -> dict[str, str | float | int]:
+        """Fields of a sweep's `dataset` that say the same."""
+        if self.trained_share is None:
+            return {"trained_on": self.trained_on}
+        return {
+            "trained_on": self.trained_on, "trained_share": self.trained_share, "trained_seed": self.trained_seed,
+        }  # fmt: skip
+
+    def lie_in(self, dataset: ImageDataset) -> bool:
+        """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
+
+        Another set of the same name is not, nor the same images under other ids. Raises DataError for an image that
+        cannot be read.
+        """
+        wanted, found = dict(self.probes), 0
+        for part in trained_parts(dataset.description)[0]:
+            ids = dataset.sample_ids(part)
+            for position in np.flatnonzero(np.isin(ids, list(wanted))):
+                found += _digest(dataset, part, int(position)) == wanted[int(ids[position])]
+        return found >= KNOWN * len(wanted)
+
+
+def probes_of(dataset: ImageDataset, learnt: tuple[Selection, ...]) -> tuple[tuple[int, str], ...]:
+    """`PROBES` of the images, those of the lowest ids, as `TrainedImages` keeps them. Raises DataError."""
+    every = sorted((int(dataset.sample_ids(s.part)[p]), s.part, int(p)) for s in learnt for p in s.positions)
+    return tuple((sample_id, _digest(dataset, part, position)) for sample_id, part, position in every[:PROBES])
+
+
+def read_trained_images(checkpoint: Path | None) -> TrainedImages | None:
+    """What weights say that they have learnt from; None if they say nothing, or are no file of safetensors.
+
+    Raises CheckpointError for a note that quee did not write.
+    """
+    said = None if checkpoint is None else read_note(checkpoint, NOTE)
+    if said is None:
+        return None
+    try:
+        return TrainedImages.model_validate_json(said)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise CheckpointError(
+            f"{checkpoint}: its note {NOTE} is none that this version of quee writes ({where}: {first['msg']}); "
+            "fine-tune again, or save the weights without it and set dataset.trained_on"
+        ) from None
+
+
+def _digest(dataset: ImageDataset, part: str, position: int) -> str:
+    return hashlib.blake2b(dataset.content(part, position), digest_size=16).hexdigest()
