@@ -149,8 +149,8 @@ def run_sweep(sweep: SweepConfig, console: Console) -> tuple[SweepRecord, Path]:
 
 def check_places(sweep: SweepConfig) -> None:
     """See that data, device, store, the places of runs and artifacts, and Dask's cluster are what the sweep wants."""
-    plan_of(sweep)
     device_of(sweep)
+    plan_of(sweep)
     store_of(sweep).check_room(STORE_ROOM)
     check_room(sweep.run.runs, RUNS_ROOM)
     check_artifacts(sweep)

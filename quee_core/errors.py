@@ -34,6 +34,10 @@ class MissingDataError(DataError):
     """Files of a data set that are not where they are expected."""
 
 
+class PackedDataError(MissingDataError):
+    """Files of a data set lie in archives that have to be unpacked first."""
+
+
 class BackboneError(QueeError):
     """An unknown backbone, or one that cannot be cut as asked."""
 

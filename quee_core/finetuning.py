@@ -141,12 +141,17 @@ def check_start(checkpoint: FilePath | None, seen: TrainedImages, dataset: Image
     seen: what the new weights will have learnt from. Raises CheckpointError, DataError as what it reads does.
     """
     before = read_trained_images(checkpoint)
-    if before is None or before.name != seen.name or before.settings == seen.settings or not before.lie_in(dataset):
+    if before is None or before.name != seen.name:
+        return
+    here = before.lie_in(dataset)
+    if here and before.settings == seen.settings:
+        return
+    if not here and not before.reappear_in(dataset):  # another set of that name
         return
     told = ", ".join(f"{field} {value}" for field, value in before.settings.items())
     raise ConfigError(
-        f"{checkpoint}: it has learnt from other images of {seen.name} before ({told}), which a sweep could not "
-        "tell from new ones; take the same share and seed, or begin from other weights"
+        f"{checkpoint}: it has learnt from other images of {seen.name} before ({told}{'' if here else ', other names'})"
+        ", which a sweep could not tell from new ones; take the same share, seed and names, or begin from other weights"
     )
 
 

@@ -17,12 +17,19 @@ from quee_core.data.loading import Batch, image_batches
 from quee_core.data.preprocessing import Preprocessing
 from quee_core.data.published import PUBLISHED, AbsentSet
 from quee_core.data.splits import Selection, SplitName, choose_splits, image_count, subsample
-from quee_core.errors import ConfigError, DataError, MissingDataError, MissingWeightsError
+from quee_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDataError,
+    MissingWeightsError,
+    PackedDataError,
+)
 from quee_core.fingerprints import code_version, environment_versions, fingerprint, library_versions
 from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
 from quee_core.quantize.methods import quant_method
-from quee_core.trained_images import read_trained_images
+from quee_core.trained_images import TrainedImages, read_trained_images
 
 WALKED: tuple[SplitName, ...] = ("target", "select", "test")  # of every plan
 UNSAID = "weights of `quee finetune` say which images they have seen; with such a checkpoint the splits are others"
@@ -211,17 +218,24 @@ def resolve(config: SweepConfig) -> SweepPlan:
     classes that differ from the head's, more clusters than images.
     """
     quant_method(config.quantization.method)
-    weights = _Weights.of(config)  # before a data set, which may have to be unpacked for hours
-    dataset = load_dataset(config.dataset.name, config.dataset.root, config.dataset.url)
-    known = _with_images_seen(config, dataset, weights.checkpoint)
-    return _planned(dataset, known, _load(known, weights))
+    place = config.dataset.name, config.dataset.root, config.dataset.url
+    try:
+        dataset = load_dataset(*place, unpack=False)
+    except PackedDataError:
+        dataset = None
+    weights = _Weights.of(config)
+    loaded = _load(config, weights)
+    if dataset is None:  # what takes hours comes once all else is known to be there
+        dataset = load_dataset(*place)
+    return _planned(dataset, _with_images_seen(config, dataset, weights.checkpoint), loaded)
 
 
 def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     """The plan as far as it can be known without files that are not there, and what is missing and expected where.
 
     A published data set then stands with its numbers, a backbone with random weights: enough to count and to time, and
-    for nothing else. Nothing is downloaded or unpacked. Raises as `resolve` does for whatever else does not fit.
+    for nothing else. Nothing is downloaded or unpacked, and no image at a URL is read. Raises as `resolve` does for
+    whatever else does not fit.
     """
     quant_method(config.quantization.method)
     missing: list[str] = []
@@ -235,7 +249,7 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     weights, told = None, ""
     try:
         weights = _Weights.of(config, offline=True)
-        config = _with_images_seen(config, dataset, weights.checkpoint)
+        config = _with_images_seen(config, dataset, weights.checkpoint, look=config.dataset.url is None)
         loaded = _load(config, weights, offline=True)
     except MissingWeightsError as error:
         missing.append(str(error))
@@ -331,32 +345,44 @@ def weights_file(
         return fetch_checkpoint(address, runs / "checkpoints", offline=offline)
     given = FilePath(address)
     places = [given] if root is None or given.is_absolute() else [given, root / given]
-    if (found := next((place for place in places if place.exists()), None)) is None:
+    try:
+        found = next((place for place in places if place.exists()), None)
+    except OSError as error:
+        raise CheckpointError(f"{given}: cannot be looked for: {error.strerror}; name another file") from None
+    if found is None:
         elsewhere = "".join(f"; expected there, or at {place}" for place in places[1:])
         raise MissingWeightsError(f"{given}: no such checkpoint file{elsewhere}")
     return found
 
 
-def _with_images_seen(config: SweepConfig, dataset: ImageDataset, checkpoint: FilePath | None) -> SweepConfig:
+def _with_images_seen(
+    config: SweepConfig, dataset: ImageDataset, checkpoint: FilePath | None, *, look: bool = True
+) -> SweepConfig:
     """`config` with what weights say of the images of `dataset` that they have learnt from, if they do.
 
-    Raises ConfigError if the settings say otherwise, or weights speak of other images than those of `dataset`.
+    look: whether those may be read. Raises ConfigError if the settings say otherwise, or weights speak of other images
+    than those of `dataset`; where the settings say the same, only the names of the images count.
     """
     said, asked = read_trained_images(checkpoint), config.dataset
     if said is None or said.name != asked.name:
         return config
-    if not isinstance(dataset, AbsentSet) and not said.lie_in(dataset):
+    agreed = all(getattr(asked, field) == value for field, value in said.settings.items())
+    look = look and not isinstance(dataset, AbsentSet)
+    if look and not said.lie_in(dataset, contents=not agreed):
         if asked.trained_on not in (None, "share"):
             return config
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here under "
-            "other names, by which they are known; lay them out as they were, or set dataset.trained_on: none if they "
-            "are not here"
+            "other names, by which they are known, or encoded anew; lay them out as they were, or, if they lie here by "
+            f"those names, set {_settings(said)}, or, if none of them is here, dataset.trained_on: none"
         )
-    if asked.trained_on is not None and any(getattr(asked, field) != value for field, value in said.settings.items()):
-        wanted = ", ".join(f"dataset.{field}: {value}" for field, value in said.settings.items())
+    if asked.trained_on is not None and not agreed:
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name}, and its confidence there says nothing about "
-            f"new ones; set {wanted}, or leave dataset.trained_on out"
+            f"new ones; set {_settings(said)}, or leave dataset.trained_on out"
         )
     return config.model_copy(update={"dataset": asked.model_copy(update=said.settings)})
+
+
+def _settings(said: TrainedImages) -> str:
+    return ", ".join(f"dataset.{field}: {value}" for field, value in said.settings.items())

@@ -204,5 +204,8 @@ class Registration(Frozen):
 
 
 def images_key(split: str) -> str:
-    """Where a record's fingerprints have that of a split's images: ids, labels and contents, not preprocessed."""
+    """Where a record's fingerprints have that of a split's images: ids, labels and contents, not preprocessed.
+
+    Of `fit`, of those that were read: see `SweepPlan.split_fingerprint`.
+    """
     return f"images of {split}"

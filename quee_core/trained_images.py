@@ -46,23 +46,38 @@ class TrainedImages(BaseModel):
             "trained_on": self.trained_on, "trained_share": self.trained_share, "trained_seed": self.trained_seed,
         }  # fmt: skip
 
-    def lie_in(self, dataset: ImageDataset) -> bool:
+    def lie_in(self, dataset: ImageDataset, *, contents: bool = True) -> bool:
         """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
 
-        Another set of the same name is not, nor the same images under other ids. Raises DataError for an image that
-        cannot be read.
+        Another set of the same name is not, nor the same images under other ids; unless `contents` are not looked at,
+        nor those that have been encoded anew. Raises DataError for an image that cannot be read.
         """
         wanted, found = dict(self.probes), 0
         for part in trained_parts(dataset.description)[0]:
             ids = dataset.sample_ids(part)
             for position in np.flatnonzero(np.isin(ids, list(wanted))):
-                found += _digest(dataset, part, int(position)) == wanted[int(ids[position])]
+                found += not contents or _digest(dataset, part, int(position)) == wanted[int(ids[position])]
         return found >= KNOWN * len(wanted)
+
+    def reappear_in(self, dataset: ImageDataset) -> bool:
+        """Whether the parts for training hold one of the images, whatever its id: reads all. Raises DataError."""
+        wanted = {digest for _, digest in self.probes}
+        return any(
+            _digest(dataset, part, position) in wanted
+            for part in trained_parts(dataset.description)[0]
+            for position in range(len(dataset.sample_ids(part)))
+        )
 
 
 def probes_of(dataset: ImageDataset, learnt: tuple[Selection, ...]) -> tuple[tuple[int, str], ...]:
     """`PROBES` of the images, those of the lowest ids, as `TrainedImages` keeps them. Raises DataError."""
-    every = sorted((int(dataset.sample_ids(s.part)[p]), s.part, int(p)) for s in learnt for p in s.positions)
+    every = sorted(
+        (sample_id, s.part, position)
+        for s in learnt
+        for sample_id, position in zip(
+            dataset.sample_ids(s.part)[s.positions].tolist(), s.positions.tolist(), strict=True
+        )
+    )
     return tuple((sample_id, _digest(dataset, part, position)) for sample_id, part, position in every[:PROBES])
 
 

@@ -4,6 +4,7 @@ import errno
 import pickle
 import pickletools
 import re
+import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,8 @@ from quee_core.config import parse_config
 from quee_core.data.datasets import load_dataset
 from quee_core.data.imagenet_archives import ARCHIVES, LOCK
 from quee_core.data.splits import choose_splits
-from quee_core.errors import DataError, MissingDataError, StoreError
-from quee_core.plan import outline
+from quee_core.errors import BackboneError, DataError, MissingDataError, StoreError
+from quee_core.plan import outline, resolve
 from quee_core.whole_files import temporary_name
 from tests.published_files import (
     CIFAR10_CLASSES,
@@ -301,6 +302,36 @@ def test_a_plan_unpacks_nothing_and_says_what_is_packed(archives: Path) -> None:
     assert len(missing) == 1
     assert sum(planned.images.values()) == 1_281_167 + 50_000
     assert sorted(archives.rglob("*")) == before
+
+
+def test_what_is_wrong_with_the_weights_is_told_before_anything_is_unpacked(archives: Path) -> None:
+    before = sorted(archives.rglob("*"))
+    for backbone in ({"name": "t2t_vit_99"}, {"name": "t2t_vit_7", "checkpoint": "absent.pth"}):
+        raw = {"dataset": {"name": "imagenet", "root": str(archives)}, "backbone": backbone}
+        with pytest.raises(BackboneError, match=r"t2t_vit_99|absent\.pth"):
+            resolve(parse_config(raw, source="here"))
+    assert sorted(archives.rglob("*")) == before
+
+
+def unpacked_without_classes(root: Path, part: str) -> None:
+    """As torchvision leaves a part when it is killed before it has made the folders of classes, or filled them."""
+    for folder in (root / part).iterdir():
+        for image in folder.iterdir():
+            image.rename(root / part / image.name)
+        if part == "train":
+            folder.rmdir()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_any_image_in_its_place_is_told_as_such(part: str, tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    unpacked_without_classes(tmp_path, part)
+    with pytest.raises(DataError, match=rf"{part}/.*\.JPEG: lies beside the folders of the classes"):
+        load_dataset("imagenet", tmp_path)
+    shutil.rmtree(tmp_path / part)
+    (tmp_path / part).write_text("no folder")
+    with pytest.raises(DataError, match=rf"{part}: no folder; move it away"):
+        load_dataset("imagenet", tmp_path)
 
 
 def test_what_a_killed_process_had_begun_to_unpack_is_removed(archives: Path) -> None:

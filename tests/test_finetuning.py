@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from mlflow.tracking import MlflowClient
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from quee_core.backbones import load_backbone
@@ -23,7 +24,7 @@ from quee_core.finetune_config import FinetuneConfig, TrainingConfig, load_finet
 from quee_core.finetuning import STATE, WEIGHTS, Training, _precision, learning_rate, prepare, train
 from quee_core.plan import SweepPlan, resolve
 from quee_core.trained_images import NOTE, read_trained_images
-from tests.published_files import write_folder
+from tests.published_files import noise, write_folder
 from tests.quee_command import SweepProcess, only_error, quee, refused
 
 pytestmark = [
@@ -171,10 +172,7 @@ def test_a_set_without_a_held_out_part_is_learnt_by_a_share_that_sweeps_keep_out
 
 
 def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -> None:
-    def grey(seed: int) -> np.ndarray[Any, Any]:
-        return np.full((28, 28, 3), seed % 251, np.uint8)
-
-    write_folder(tmp_path / "images", {"cat": 150, "dog": 150}, grey)
+    write_folder(tmp_path / "images", {"cat": 150, "dog": 150}, lambda seed: noise(seed, 28, 28, 3))
     learnt = {"name": "folder", "root": str(tmp_path / "images"), "share": 0.6, "limit": None, "watched": 50}
     tuning = written(tmp_path, dataset=learnt, training={"epochs": 1})
     assert quee(tmp_path, "finetune", str(tuning)).exit_code == 0
@@ -190,20 +188,36 @@ def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -
     shutil.copytree(tmp_path / "images", moved)
     grown = tmp_path / "grown"
     shutil.copytree(tmp_path / "images", grown)
-    write_folder(tmp_path / "more", {"cat": 40, "dog": 40}, lambda seed: grey(seed + 7))
+    write_folder(tmp_path / "more", {"cat": 40, "dog": 40}, lambda seed: noise(seed + 1000, 28, 28, 3))
     for file in (tmp_path / "more").rglob("*.png"):
         file.rename(grown / file.parent.name / f"new{file.name}")
-    write_folder(tmp_path / "other", {"cat": 150, "dog": 150}, lambda seed: grey(seed + 100))  # others by those names
-    for images in (moved.parent, tmp_path / "other"):
-        for fields in ({}, same.config.dataset.model_dump(include={"trained_on", "trained_share", "trained_seed"})):
-            with pytest.raises(ConfigError, match=r"that are not among these, or lie here under other names"):
-                asked(images, **fields)
+    write_folder(
+        tmp_path / "other", {"cat": 150, "dog": 150}, lambda seed: noise(seed + 2000, 28, 28, 3)
+    )  # others by those names
+    anew = tmp_path / "anew"
+    shutil.copytree(tmp_path / "images", anew)
+    for file in anew.rglob("*.png"):
+        Image.open(file).resize((20, 20)).save(file)
+    explicit = same.config.dataset.model_dump(include={"trained_on", "trained_share", "trained_seed"})
+    refusals = [(moved.parent, {}), (moved.parent, explicit), (tmp_path / "other", {}), (anew, {})]
+    for images, fields in refusals:
+        with pytest.raises(ConfigError, match=r"that are not among these, or lie here under other names"):
+            asked(images, **fields)
         assert asked(images, trained_on="none").config.dataset.trained_on == "none"
+    assert asked(anew, **explicit).sample_ids("test").tolist() == same.sample_ids("test").tolist()
     assert set(same.sample_ids("test").tolist()) <= set(asked(grown).sample_ids("test").tolist())
     start = {"checkpoint": raw["backbone"]["checkpoint"]}
-    elsewhere = learnt | {"root": str(tmp_path / "other"), "share": 0.5}
-    assert quee(tmp_path, "finetune", str(written(tmp_path, name="b", dataset=elsewhere, backbone=start,
-                                                  training={"epochs": 1}))).exit_code == 0  # fmt: skip
+    for images, share, told in (
+        (tmp_path / "other", 0.5, None), (tmp_path / "images", 0.6, None), (tmp_path / "images", 0.5, "0.6"),
+        (moved.parent, 0.6, "other names"), (moved.parent, 0.5, "other names"),
+    ):  # fmt: skip
+        data = learnt | {"root": str(images), "share": share}
+        again = load_finetune_config(written(tmp_path, name="again", dataset=data, backbone=start))
+        if told is None:
+            assert prepare(again).seen.trained_share == share
+        else:
+            with pytest.raises(ConfigError, match=rf"it has learnt from other images of folder before \(.*{told}"):
+                prepare(again)
 
 
 @pytest.mark.parametrize(

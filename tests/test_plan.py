@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from quee_core.backbones.micro_vit import micro_vit
-from quee_core.errors import MissingWeightsError
-from quee_core.plan import resolve
+from quee_core.errors import CheckpointError, MissingWeightsError
+from quee_core.plan import resolve, weights_file
 from tests.conftest import small_config
 
 
@@ -39,6 +39,8 @@ def test_a_relative_checkpoint_is_looked_for_below_the_data_folder_too(
     )
     with pytest.raises(MissingWeightsError, match=told):
         resolve(small_config(tmp_path, **sections))
+    with pytest.raises(CheckpointError, match="cannot be looked for: File name too long; name another file"):
+        weights_file("w" * 300, data, tmp_path)
     save_file(micro_vit(num_classes=3).state_dict(), data / "own.safetensors")
     below = resolve(small_config(tmp_path, **sections)).loaded.fingerprint
     save_file(micro_vit(num_classes=3).state_dict(), elsewhere / "own.safetensors")

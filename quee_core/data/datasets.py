@@ -77,7 +77,7 @@ class DatasetEntry:
     needs_root: bool
     load: Callable[[Path | None], ImageDataset]
     at_url: Callable[[str], ImageDataset] | None = None
-    check_unpacked: Callable[[Path], None] | None = None  # raises MissingDataError for what under a root is not
+    check_unpacked: Callable[[Path], None] | None = None  # raises PackedDataError for what under a root is not
 
 
 def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[np.int16]:
@@ -201,7 +201,7 @@ DATASETS: Mapping[str, DatasetEntry] = MappingProxyType(_DATASETS)
 def load_dataset(name: str, root: Path | None = None, url: str | None = None, *, unpack: bool = True) -> ImageDataset:
     """The data set `name`, its files under `root` where it is not bundled, or below `url`.
 
-    Official archives that have to be unpacked first, are, beside themselves; without `unpack`, MissingDataError says
+    Official archives that have to be unpacked first, are, beside themselves; without `unpack`, PackedDataError says
     which. Raises ConfigError with near names for an unknown set, or for a URL of a set that is read from a disk;
     DataError for files that are missing or damaged, StoreError for a URL whose server does not give them.
     """

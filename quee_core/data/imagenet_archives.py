@@ -16,7 +16,7 @@ from torchvision.datasets.imagenet import (
     parse_val_archive,
 )
 
-from quee_core.errors import DataError, MissingDataError
+from quee_core.errors import DataError, MissingDataError, PackedDataError
 from quee_core.locks import alone
 from quee_core.whole_files import disk_faults, is_temporary, temporary_name
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_present(root: Path, *, unpacked: bool = False) -> None:
-    """Raises MissingDataError that names what is under `root` in neither form, or not yet `unpacked`.
+    """Raises MissingDataError that names what is under `root` in neither form, PackedDataError what is not `unpacked`.
 
     Raises DataError for a link to what is not there.
     """
@@ -50,7 +50,7 @@ def check_present(root: Path, *, unpacked: bool = False) -> None:
             "each WordNet id, or the official archives that they come from"
         )
     if unpacked and (packed := _packed(root)):
-        raise MissingDataError(
+        raise PackedDataError(
             f"data set imagenet: {' and '.join(packed)} under {root} are archives still, which a sweep unpacks there"
         )
 
@@ -64,10 +64,11 @@ def unpack(root: Path) -> None:
         return
     with alone(root / LOCK) as held:
         if held:  # whatever lies there is of a process that was killed
-            for left in (path for path in root.iterdir() if path.is_dir() and is_temporary(path.name)):
-                shutil.rmtree(left)
+            with disk_faults(root, "written"):
+                for left in (path for path in root.iterdir() if path.is_dir() and is_temporary(path.name)):
+                    shutil.rmtree(left)
         for piece in _packed(root):
-            logger.info("unpacking %s under %s", ARCHIVES[piece], root)
+            logger.warning("unpacking %s under %s, once; of all of ImageNet that takes hours", ARCHIVES[piece], root)
             _unpack(root, piece)
 
 
@@ -86,12 +87,14 @@ def meta(root: Path) -> tuple[dict[str, tuple[str, ...]], list[str]]:
         ) from None
 
 
-def check_unpacked(root: Path, parts: Iterable[str]) -> None:
+def check_parts(root: Path, parts: Iterable[str]) -> None:
     """Raises DataError that names an image or archive beside the folders of the classes of one of `parts`.
 
     So does an unpacking end that was interrupted; whoever reads folders alone would not miss a thing.
     """
     for part in parts:
+        if not (root / part).is_dir():
+            raise DataError(f"{root / part}: no folder; move it away, and put there a folder for each WordNet id")
         loose = (entry for entry in (root / part).iterdir() if entry.suffix in _UNFINISHED and entry.is_file())
         if (first := next(loose, None)) is not None:
             again = (

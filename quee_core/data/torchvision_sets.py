@@ -22,7 +22,7 @@ from torchvision.datasets.imagenet import META_FILE
 from quee_core.data.datasets import DatasetDescription, ImageDataset, check_labels
 from quee_core.data.decoding import decode
 from quee_core.data.folder_set import path_ids, read_image_file
-from quee_core.data.imagenet_archives import check_present, check_unpacked, meta, unpack
+from quee_core.data.imagenet_archives import check_parts, check_present, meta, unpack
 from quee_core.errors import DataError, MissingDataError
 
 DIGITS = tuple("0123456789")
@@ -168,7 +168,8 @@ def _svhn(root: Path) -> TorchvisionSet:
 def _imagenet(root: Path) -> TorchvisionSet:
     check_present(root)
     unpack(root)
-    meta(root)  # torchvision would not say what is wrong with it
+    meta(root)  # torchvision would not say what is wrong with it, nor with what follows
+    check_parts(root, ("train", "val"))
     held: dict[str, datasets.ImageNet] = {}
     for part in ("train", "val"):
         try:
@@ -177,7 +178,6 @@ def _imagenet(root: Path) -> TorchvisionSet:
             raise DataError(f"{root / part}: folder {error} is none of the WordNet ids in {META_FILE}") from None
         except (RuntimeError, OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise DataError(f"data set imagenet, part {part}, under {root}: {_one_line(error)}") from None
-    check_unpacked(root, held)
     if odd := sorted(set(held["train"].wnids) ^ set(held["val"].wnids)):
         raise DataError(f"data set imagenet: folder {odd[0]} is not in both {root / 'train'} and {root / 'val'}")
     names = [words[0] for words in held["val"].classes]
