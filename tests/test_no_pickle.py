@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("quee_core", "tasks", "flows", "infra")
 LOADERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # for the name of what torch raises; and for CIFAR's own files, by an unpickler that knows plain types alone
-KNOWN = {"quee_core/backbones/checkpoints.py", "quee_core/data/torchvision_sets.py"}
+KNOWN = {
+    "quee_core/backbones/checkpoints.py", "quee_core/data/imagenet_archives.py", "quee_core/data/torchvision_sets.py",
+}  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
