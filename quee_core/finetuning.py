@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from quee_core.backbones.checkpoints import TRAINING_STATE
 from quee_core.backbones.registry import load_model
 from quee_core.config import SweepConfig
 from quee_core.data.datasets import ImageDataset, load_dataset
@@ -372,7 +373,7 @@ def _keep(
     path: FilePath, training: Training, optimiser: torch.optim.AdamW, scaler: torch.amp.GradScaler, done: list[Epoch]
 ) -> None:
     state = {
-        "fingerprint": training.fingerprint, "epochs": [asdict(epoch) for epoch in done],
+        TRAINING_STATE: True, "fingerprint": training.fingerprint, "epochs": [asdict(epoch) for epoch in done],
         "model": training.model.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
     }  # fmt: skip
     with disk_faults(path, "written"), whole_file(path) as file:

@@ -14,7 +14,7 @@ from quee_core.errors import CheckpointError
 
 NOTE = "quee.trained_on"  # name of the note in a safetensors file
 PROBES = 16  # images that tell one set of a name from another
-KNOWN = 0.5  # share of them that must be there: some may have been taken out since
+KNOWN = 0.5  # share of them that must be there: others may have been taken out since
 
 
 class TrainedImages(BaseModel):
@@ -49,24 +49,24 @@ class TrainedImages(BaseModel):
     def lie_in(self, dataset: ImageDataset, *, contents: bool = True) -> bool:
         """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
 
-        Another set of the same name is not, nor the same images under other ids; unless `contents` are not looked at,
-        nor those that have been encoded anew. Raises DataError for an image that cannot be read.
+        Another set of the same name is not, nor one with some of the images under other ids; unless `contents` are not
+        looked at, nor those that have been encoded anew. Raises DataError for an image that cannot be read.
         """
-        wanted, found = dict(self.probes), 0
+        wanted, found, matching = dict(self.probes), set[int](), 0
         for part in trained_parts(dataset.description)[0]:
             ids = dataset.sample_ids(part)
-            for position in np.flatnonzero(np.isin(ids, list(wanted))):
-                found += not contents or _digest(dataset, part, int(position)) == wanted[int(ids[position])]
-        return found >= KNOWN * len(wanted)
+            for position in np.flatnonzero(np.isin(ids, list(wanted))).tolist():
+                sample_id = int(ids[position])
+                found.add(sample_id)
+                matching += not contents or _digest(dataset, part, position) == wanted[sample_id]
+        if matching < KNOWN * len(wanted):
+            return False
+        absent = {digest for sample_id, digest in self.probes if sample_id not in found}
+        return not absent or not _hold(dataset, absent)
 
     def reappear_in(self, dataset: ImageDataset) -> bool:
-        """Whether the parts for training hold one of the images, whatever its id: reads all. Raises DataError."""
-        wanted = {digest for _, digest in self.probes}
-        return any(
-            _digest(dataset, part, position) in wanted
-            for part in trained_parts(dataset.description)[0]
-            for position in range(len(dataset.sample_ids(part)))
-        )
+        """Whether the set holds one of the images, whatever its id; reads all of them. Raises DataError."""
+        return _hold(dataset, {digest for _, digest in self.probes})
 
 
 def probes_of(dataset: ImageDataset, learnt: tuple[Selection, ...]) -> tuple[tuple[int, str], ...]:
@@ -102,3 +102,11 @@ def read_trained_images(checkpoint: Path | None) -> TrainedImages | None:
 
 def _digest(dataset: ImageDataset, part: str, position: int) -> str:
     return hashlib.blake2b(dataset.content(part, position), digest_size=16).hexdigest()
+
+
+def _hold(dataset: ImageDataset, digests: set[str]) -> bool:
+    return any(
+        _digest(dataset, part, position) in digests
+        for part in dataset.description.parts
+        for position in range(len(dataset.sample_ids(part)))
+    )

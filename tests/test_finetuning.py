@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from quee_core.backbones import load_backbone
+from quee_core.backbones.checkpoints import read_checkpoint
 from quee_core.config import load_config, parse_config
 from quee_core.data.datasets import load_dataset
 from quee_core.data.splits import TrainedShare
@@ -199,7 +200,15 @@ def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -
     for file in anew.rglob("*.png"):
         Image.open(file).resize((20, 20)).save(file)
     explicit = same.config.dataset.model_dump(include={"trained_on", "trained_share", "trained_seed"})
-    refusals = [(moved.parent, {}), (moved.parent, explicit), (tmp_path / "other", {}), (anew, {})]
+    renamed, thinned = tmp_path / "renamed", tmp_path / "thinned"
+    for to in (renamed, thinned):
+        shutil.copytree(tmp_path / "images", to)
+    (renamed / "dog").rename(renamed / "hound")  # half of the images
+    for file in [*(thinned / "cat").iterdir()][::6]:
+        file.unlink()
+    assert set(asked(thinned, **explicit).sample_ids("test").tolist()) < set(same.sample_ids("test").tolist())
+    refusals = [(moved.parent, {}), (moved.parent, explicit), (tmp_path / "other", {}), (anew, {}), (renamed, {}),
+                (renamed, explicit)]  # fmt: skip
     for images, fields in refusals:
         with pytest.raises(ConfigError, match=r"that are not among these, or lie here under other names"):
             asked(images, **fields)
@@ -207,6 +216,8 @@ def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -
     assert asked(anew, **explicit).sample_ids("test").tolist() == same.sample_ids("test").tolist()
     assert set(same.sample_ids("test").tolist()) <= set(asked(grown).sample_ids("test").tolist())
     start = {"checkpoint": raw["backbone"]["checkpoint"]}
+    with pytest.raises(CheckpointError, match=r"training\.pt: what `quee finetune` goes on from.*name the weights"):
+        read_checkpoint(Path(start["checkpoint"]).with_name(STATE))
     for images, share, told in (
         (tmp_path / "other", 0.5, None), (tmp_path / "images", 0.6, None), (tmp_path / "images", 0.5, "0.6"),
         (moved.parent, 0.6, "other names"), (moved.parent, 0.5, "other names"),

@@ -19,6 +19,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _HEADS = ("head", "head_dist")
 _NAMED = 3
+TRAINING_STATE = "quee.training"  # key in a file that `quee finetune` goes on from, which is no file of weights
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -39,6 +40,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     is_pickle = path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80")
     content = _read_pickle(path) if is_pickle else _read_safetensors(path)
+    if isinstance(content, Mapping) and TRAINING_STATE in content:
+        raise CheckpointError(
+            f"{path}: what `quee finetune` goes on from, and does not say which images it has seen; name the weights "
+            "beside it, which are there once the training is done"
+        )
     return state_dict_of(content, path)
 
 
