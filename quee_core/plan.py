@@ -246,7 +246,7 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
             raise
         missing.append(str(error))
         dataset = AbsentSet(config.dataset.name)
-    weights, told = None, ""
+    weights, unsaid = None, tuple[str, ...]()
     try:
         weights = _Weights.of(config, offline=True)
         config = _with_images_seen(config, dataset, weights.checkpoint, look=config.dataset.url is None)
@@ -254,13 +254,13 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     except MissingWeightsError as error:
         missing.append(str(error))
         if weights is None and config.dataset.trained_on is None:
-            told = UNSAID
+            unsaid = (UNSAID,)
         drawn = config.backbone.model_copy(
             update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
         )
         loaded = _load(config.model_copy(update={"backbone": drawn}), _Weights())
     planned = _planned(dataset, config, loaded)
-    return (replace(planned, cautions=(*planned.cautions, told)) if told else planned), tuple(missing)
+    return replace(planned, cautions=planned.cautions + unsaid), tuple(missing)
 
 
 @dataclass(frozen=True)

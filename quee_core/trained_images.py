@@ -1,6 +1,5 @@
 """Which images of a data set a backbone's weights have learnt from: a note that `quee finetune` leaves in them."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +19,7 @@ KNOWN = 0.5  # share of them that must be there: others may have been taken out 
 class TrainedImages(BaseModel):
     """What weights have seen of the data set `name`, in the words of a sweep's section `dataset`.
 
-    probes: ids of some of those images, and the blake2b of their contents, hex.
+    probes: ids of some of those images, and the `content_digest` of each, hex.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +57,7 @@ class TrainedImages(BaseModel):
             for position in np.flatnonzero(np.isin(ids, list(wanted))).tolist():
                 sample_id = int(ids[position])
                 found.add(sample_id)
-                matching += not contents or _digest(dataset, part, position) == wanted[sample_id]
+                matching += not contents or dataset.content_digest(part, position).hexdigest() == wanted[sample_id]
         if matching < KNOWN * len(wanted):
             return False
         absent = {digest for sample_id, digest in self.probes if sample_id not in found}
@@ -78,7 +77,9 @@ def probes_of(dataset: ImageDataset, learnt: tuple[Selection, ...]) -> tuple[tup
             dataset.sample_ids(s.part)[s.positions].tolist(), s.positions.tolist(), strict=True
         )
     )
-    return tuple((sample_id, _digest(dataset, part, position)) for sample_id, part, position in every[:PROBES])
+    return tuple(
+        (sample_id, dataset.content_digest(part, position).hexdigest()) for sample_id, part, position in every[:PROBES]
+    )
 
 
 def read_trained_images(checkpoint: Path | None) -> TrainedImages | None:
@@ -100,13 +101,9 @@ def read_trained_images(checkpoint: Path | None) -> TrainedImages | None:
         ) from None
 
 
-def _digest(dataset: ImageDataset, part: str, position: int) -> str:
-    return hashlib.blake2b(dataset.content(part, position), digest_size=16).hexdigest()
-
-
 def _hold(dataset: ImageDataset, digests: set[str]) -> bool:
     return any(
-        _digest(dataset, part, position) in digests
+        dataset.content_digest(part, position).hexdigest() in digests
         for part in dataset.description.parts
         for position in range(len(dataset.sample_ids(part)))
     )

@@ -59,13 +59,17 @@ class ImageDataset(ABC):
     def content(self, part: str, position: int) -> bytes:
         """The encoded bytes of one image, or its pixels where the source has no encoding of its own."""
 
+    def content_digest(self, part: str, position: int) -> hashlib.blake2b:
+        """Of `content`, 16 bytes: by which an image is known whatever its id."""
+        return hashlib.blake2b(self.content(part, position), digest_size=16)
+
     def fingerprint(self, part: str, positions: NDArray[np.intp]) -> str:
         """sha256 over ids, labels and contents of the images at `positions`, in order."""
         digest = hashlib.sha256()
         digest.update(np.ascontiguousarray(self.sample_ids(part)[positions]).tobytes())
         digest.update(np.ascontiguousarray(self.labels(part)[positions]).tobytes())
         for position in positions.tolist():
-            digest.update(hashlib.blake2b(self.content(part, position), digest_size=16).digest())
+            digest.update(self.content_digest(part, position).digest())
         return digest.hexdigest()
 
 
