@@ -348,6 +348,11 @@ class RunConfig(Section):
         description="Folder or URL (s3://bucket/folder) for figures and models of MLflow experiments that are new; by "
         "default a folder beside MLflow's SQLite file, and what the server says where mlflow_uri names one.",
     )
+    pictures: bool = Field(
+        True,
+        description="Draw the front as a picture too, for MLflow and Prefect: 3 seconds of Chromium or Chrome; where "
+        "there is neither, the front is a page alone.",
+    )
     dask_workers: int = Field(2, ge=1, le=256, description="Threads of the in-process Dask cluster.")
     dask: str | None = Field(
         None,

@@ -31,9 +31,12 @@ def store_of(sweep: SweepConfig) -> Store:
 
 
 def device_of(sweep: SweepConfig) -> torch.device:
-    """The device that `sweep` names; sets torch's threads to the processor's cores on a CPU."""
+    """The device that `sweep` names; sets torch's threads to the processor's cores on a CPU.
+
+    Unless OMP_NUM_THREADS says how many, as those do who run several sweeps on one machine.
+    """
     device = choose_device(sweep.run.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     return device
 

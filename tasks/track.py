@@ -56,7 +56,7 @@ def track(sweep: SweepConfig, record: SweepRecord, folder: FilePath, report: Fil
             tags = tags_of(record) | {DIGEST_TAG: digest}
             known = client.create_run(experiment, run_name=record.name, tags=tags).info.run_id
             with ended(client, known):
-                _log_parent(client, known, record, folder / "figures", report)
+                _log_parent(client, known, record, folder / "figures", report, pictures=sweep.run.pictures)
                 advance(STAGE, 1)
                 _log_points(client, experiment, known, record.grid, AT_ONCE if uri.startswith("http") else 1)
             work.count(computed=len(record.grid) + 1)
@@ -96,7 +96,9 @@ def _end_abandoned(client: MlflowClient, experiment: str, digest: str) -> None:
         client.set_terminated(run, "KILLED")
 
 
-def _log_parent(client: MlflowClient, run: str, record: SweepRecord, figures: FilePath, report: FilePath) -> None:
+def _log_parent(
+    client: MlflowClient, run: str, record: SweepRecord, figures: FilePath, report: FilePath, *, pictures: bool
+) -> None:
     now = int(time.time() * 1000)
     client.log_batch(  # in as many requests as it takes
         run,
@@ -109,7 +111,7 @@ def _log_parent(client: MlflowClient, run: str, record: SweepRecord, figures: Fi
         plain = json.dumps(redacted(record.model_dump(mode="json")), indent=2)
         (FilePath(scratch) / "record.json").write_text(plain, "utf-8")
         client.log_artifacts(run, scratch)
-    _write_figures(record, figures)
+    _write_figures(record, figures, pictures=pictures)
     client.log_artifacts(run, str(figures), "figures")
     client.log_artifact(run, str(report))
 
@@ -144,8 +146,8 @@ def _write_tables(tables: Mapping[str, Sequence[Row]], folder: FilePath) -> None
             writer.writerows(rows)
 
 
-def _write_figures(record: SweepRecord, folder: FilePath) -> None:
-    """As pages that need no network, the front as an image too where that is possible; an earlier record's go."""
+def _write_figures(record: SweepRecord, folder: FilePath, *, pictures: bool) -> None:
+    """As pages that need no network, the front as a picture too if asked and possible; an earlier record's go."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = all_figures(record)
     for old in folder.iterdir():
@@ -153,7 +155,8 @@ def _write_figures(record: SweepRecord, folder: FilePath) -> None:
             old.unlink()
     for name, figure in figures.items():
         figure.write_html(folder / f"{name}.html", include_plotlyjs=True)
-    write_image(figures["front"], folder / "front.png")
+    if pictures:
+        write_image(figures["front"], folder / "front.png")
 
 
 def _log_points(client: MlflowClient, experiment: str, parent: str, rows: Sequence[GridRow], at_once: int) -> None:

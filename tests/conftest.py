@@ -50,7 +50,7 @@ def small_config(folder: Path, **sections: dict | list) -> SweepConfig:
         "prices": {"count": 12},
         "cost": {"batch": 16, "repeats": 1},
         "evaluation": {"resamples": 100},
-        "run": {"store": str(folder / "store"), "runs": str(folder / "runs"), "device": "cpu"},
+        "run": {"store": str(folder / "store"), "runs": str(folder / "runs"), "device": "cpu", "pictures": False},
     }
     for name, fields in sections.items():
         raw[name] = {**raw.get(name, {}), **fields} if isinstance(fields, dict) else fields

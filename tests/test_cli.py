@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from quee_core.baselines import BASELINES
 from quee_core.record import SweepRecord
 from quee_core.report.figures import all_figures
 from tests.conftest import small_config
-from tests.quee_command import QUEE, refused, write_config
+from tests.quee_command import QUEE, quee, refused, write_config
 
 ALL: Any = get_command(app)
 COMMANDS: dict[tuple[str, ...], Any] = {(): ALL} | {(name,): command for name, command in ALL.commands.items()}
@@ -77,7 +78,7 @@ def check_tracked(folder: Path, record: SweepRecord) -> set[str]:
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own query
 @pytest.mark.xdist_group("sweep")
 def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> None:
-    config = written(tmp_path)
+    config = written(tmp_path, run={"pictures": True})
     first = run("sweep", config, "--json", folder=tmp_path)
     assert first.returncode == 0, first.stderr
     record = SweepRecord.model_validate_json(first.stdout)
@@ -99,28 +100,39 @@ def test_a_sweep_runs_reports_and_continues_where_it_ended(tmp_path: Path) -> No
     assert routed in second.stderr
     assert {r.info.run_id for r in tracked_runs(tmp_path, record)[1]} == tracked, "a rerun is not tracked again"
 
-    compared = json.loads(run("compare", "small", "--against", "small", "--json", folder=tmp_path).stdout)
+    compared = json.loads(quee(tmp_path, "compare", "small", "--against", "small", "--json").stdout)
     assert [(one["n"], one["runs"]) for one in compared] == [(record.splits["test"], ["small"])]
     for front in record.fronts:  # measured anew from tables and router, and the same
         assert compared[0]["hypervolumes"][front.method] == pytest.approx(front.hypervolume, abs=1e-12)
     assert compared[0]["saving"] == compared[0]["saving_against"]
     assert "did you mean 'small'" in refused(tmp_path, "compare", "smal")
 
-    shown = run("report", "small", folder=tmp_path)
-    assert shown.returncode == 0
+    shown = quee(tmp_path, "report", "small")
+    assert shown.exit_code == 0
     assert "budget" in shown.stdout
     assert "did you mean 'small'" in refused(tmp_path, "report", "smal")
 
-    planned = json.loads(run("plan", config, "--json", folder=tmp_path).stdout)
+    planned = json.loads(quee(tmp_path, "plan", config, "--json").stdout)
     assert planned["cells_missing"] == 0
     assert planned["cells"] == planned["paths"] * 3
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_wait_without_spinning_for_long_where_nobody_says_how(given: dict[str, str], spins: str | None) -> None:
+    own = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    asked = "import os, sys; from flows.cli import quiet_surroundings; quiet_surroundings(False); "
+    asked += "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"  # which reads it when it is imported
+    done = subprocess.run([sys.executable, "-c", asked], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(spins), "False"]
+
+
 def test_lists_and_version(tmp_path: Path) -> None:
     assert run("--version", folder=tmp_path).stdout.startswith("quee ")
-    assert "micro_vit_fashion_mnist" in run("backbones", "list", folder=tmp_path).stdout
+    assert "micro_vit_fashion_mnist" in quee(tmp_path, "backbones", "list").stdout
     assert {"fashion_mnist", "folder"} <= {
-        row["name"] for row in json.loads(run("datasets", "--json", folder=tmp_path).stdout)
+        row["name"] for row in json.loads(quee(tmp_path, "datasets", "--json").stdout)
     }
 
 

@@ -1,5 +1,6 @@
 """Branches on several devices: each has one to itself, and fills the same tables."""
 
+import os
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -11,7 +12,7 @@ from quee_core.stages import branches_of, cells_of, extract_branch
 from quee_core.store import Store
 from tasks import devices
 from tasks.devices import network_to_oneself
-from tasks.resolved import network_for, plan_of
+from tasks.resolved import device_of, network_for, plan_of
 from tests.conftest import small_config
 
 
@@ -44,6 +45,22 @@ def test_two_branches_at_once_have_networks_of_their_own_that_fill_the_same_tabl
     for cell in cells.values():
         first, second = (store.get_table(cell) for store in stores)
         assert first.equals(second)
+
+
+@pytest.mark.parametrize("said", [None, "1"])
+def test_a_sweep_takes_every_core_unless_it_is_told_how_many(
+    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        device_of(small_config(tmp_path))
+        assert torch.get_num_threads() == (1 if said else len(os.sched_getaffinity(0)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_device_that_is_named_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

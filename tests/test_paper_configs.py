@@ -97,7 +97,8 @@ def scaled_down(config: Path, folder: Path) -> Path:
     raw |= {
         "quantization": {"method": "minmax", "images": 8}, "targets": {"clusters": [None, 4]}, "prices": {"count": 6},
         "predictors": [{"name": "logistic"}], "embedding": {"dimensions": 4}, "cost": {"batch": 2, "repeats": 1},
-        "evaluation": {"resamples": 100}, "run": {"device": "cpu", "mlflow_uri": f"sqlite:///{folder.parent}/m.db"},
+        "evaluation": {"resamples": 100},
+        "run": {"device": "cpu", "pictures": False, "mlflow_uri": f"sqlite:///{folder.parent}/m.db"},
     }  # fmt: skip
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(raw))

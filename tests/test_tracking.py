@@ -43,7 +43,7 @@ def record_of(name: str, **changed: object) -> SweepRecord:
 
 def sweep_at(uri: str, folder: Path, **run: object) -> SweepConfig:
     """A sweep tracked at `uri`, which a configuration would refuse if it carried credentials."""
-    sweep = SweepConfig.model_validate({"name": "tracked", "run": {"runs": folder / "runs", **run}})
+    sweep = SweepConfig.model_validate({"name": "tracked", "run": {"runs": folder / "runs", "pictures": False, **run}})
     return sweep.model_copy(update={"run": sweep.run.model_copy(update={"mlflow_uri": uri})})
 
 

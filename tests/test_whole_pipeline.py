@@ -123,7 +123,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
         (folder / "sweep").mkdir()
         config = write_sweep(
             folder / "sweep", dataset={"limit": 200}, quantization={"edge_bits": 6, "stem_bits": 4},
-            heads={"epochs": 20}, run={"artifacts": f"s3://{BUCKET}/mlflow"},
+            heads={"epochs": 20}, run={"artifacts": f"s3://{BUCKET}/mlflow", "pictures": True},
         )  # fmt: skip
         deployed = prefect.do(
             "python", "-m", "infra.deploy", "--pool", POOL, "--config", config, "--store", f"s3://{BUCKET}/store",
