@@ -460,7 +460,7 @@ def quiet_surroundings(verbose: bool) -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # a busy machine is slow, not broken
     }
     if "OMP_WAIT_POLICY" not in os.environ:
-        # threads that spin longer for each other gain nothing, and make two commands on two cores ten times slower
+        # threads that spin longer for each other gain nothing, and make two commands on two cores seven times slower
         defaults["GOMP_SPINCOUNT"] = "3000"
     if "PREFECT_API_URL" not in os.environ:
         defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # a temporary server's logs are nobody's to read

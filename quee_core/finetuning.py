@@ -139,7 +139,8 @@ def prepare(config: FinetuneConfig) -> Training:
 def check_start(checkpoint: FilePath | None, seen: TrainedImages, dataset: ImageDataset) -> None:
     """Raises ConfigError if starting weights have learnt from other images of `dataset`: a sweep can't know of both.
 
-    seen: what the new weights will have learnt from. Raises CheckpointError, DataError as what it reads does.
+    seen: what the new weights will have learnt from. Images under the same names that were encoded anew pass for
+    another set of that name. Raises CheckpointError, DataError as what it reads does.
     """
     before = read_trained_images(checkpoint)
     if before is None or before.name != seen.name:

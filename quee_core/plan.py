@@ -225,7 +225,9 @@ def resolve(config: SweepConfig) -> SweepPlan:
         dataset = None
     weights = _Weights.of(config)
     loaded = _load(config, weights)
-    if dataset is None:  # what takes hours comes once all else is known to be there
+    if dataset is None:
+        absent = AbsentSet(config.dataset.name)  # unpacking takes hours: what does not fit is refused before
+        _planned(absent, _with_images_seen(config, absent, weights.checkpoint), loaded)
         dataset = load_dataset(*place)
     return _planned(dataset, _with_images_seen(config, dataset, weights.checkpoint), loaded)
 
@@ -246,15 +248,14 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
             raise
         missing.append(str(error))
         dataset = AbsentSet(config.dataset.name)
-    weights, unsaid = None, tuple[str, ...]()
+    unsaid: tuple[str, ...] = (UNSAID,) if config.dataset.trained_on is None else ()
     try:
-        weights = _Weights.of(config, offline=True)
-        config = _with_images_seen(config, dataset, weights.checkpoint, look=config.dataset.url is None)
-        loaded = _load(config, weights, offline=True)
+        checkpoint = _checkpoint(config, offline=True)
+        unsaid = ()
+        config = _with_images_seen(config, dataset, checkpoint, look=config.dataset.url is None)
+        loaded = _load(config, _Weights.of(config, offline=True), offline=True)
     except MissingWeightsError as error:
         missing.append(str(error))
-        if weights is None and config.dataset.trained_on is None:
-            unsaid = (UNSAID,)
         drawn = config.backbone.model_copy(
             update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
         )
@@ -274,7 +275,11 @@ class _Weights:
     def of(cls, config: SweepConfig, *, offline: bool = False) -> "_Weights":
         """Those that the sweep names. Raises as `weights_file` does."""
         given, root, runs = config.backbone, config.dataset.root, config.run.runs
-        return cls(*(weights_file(file, root, runs, offline=offline) for file in (given.checkpoint, given.head)))
+        return cls(_checkpoint(config, offline=offline), weights_file(given.head, root, runs, offline=offline))
+
+
+def _checkpoint(config: SweepConfig, *, offline: bool) -> FilePath | None:
+    return weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
 
 
 def _load(config: SweepConfig, weights: _Weights, *, offline: bool = False) -> LoadedBackbone:
@@ -360,16 +365,19 @@ def _with_images_seen(
 ) -> SweepConfig:
     """`config` with what weights say of the images of `dataset` that they have learnt from, if they do.
 
-    look: whether those may be read. Raises ConfigError if the settings say otherwise, or weights speak of other images
-    than those of `dataset`; where the settings say the same, only the names of the images count.
+    look: whether those may be read; if not, settings that a look could bear out are let be. Raises ConfigError if the
+    settings say otherwise, or weights speak of other images than those of `dataset`; where the settings say the same,
+    images may have been encoded anew, and where they say `none`, it is the user's word for images under other names.
     """
     said, asked = read_trained_images(checkpoint), config.dataset
     if said is None or said.name != asked.name:
         return config
     agreed = all(getattr(asked, field) == value for field, value in said.settings.items())
-    look = look and not isinstance(dataset, AbsentSet)
-    if look and not said.lie_in(dataset, contents=not agreed):
-        if asked.trained_on not in (None, "share"):
+    others = asked.trained_on not in (None, "share")
+    if not isinstance(dataset, AbsentSet) and not look and others:
+        return config
+    if not isinstance(dataset, AbsentSet) and look and not said.lie_in(dataset, contents=not agreed):
+        if others and not said.one_lies_in(dataset):
             return config
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here under "

@@ -1,5 +1,6 @@
 """Which images of a data set a backbone's weights have learnt from: a note that `quee finetune` leaves in them."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,12 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from quee_core.backbones.checkpoints import read_note
 from quee_core.data.datasets import ImageDataset
-from quee_core.data.splits import Selection, trained_parts
+from quee_core.data.splits import Selection, hash_uniform, trained_parts
 from quee_core.errors import CheckpointError
 
 NOTE = "quee.trained_on"  # name of the note in a safetensors file
 PROBES = 16  # images that tell one set of a name from another
+PROBE_SALT = 5_000_000  # the seed of the hash that draws them
 KNOWN = 0.5  # share of them that must be there: others may have been taken out since
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedImages(BaseModel):
@@ -48,20 +52,35 @@ class TrainedImages(BaseModel):
     def lie_in(self, dataset: ImageDataset, *, contents: bool = True) -> bool:
         """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
 
-        Another set of the same name is not, nor one with some of the images under other ids; unless `contents` are not
-        looked at, nor those that have been encoded anew. Raises DataError for an image that cannot be read.
+        Another set of the same name is not, nor one with some of the images under other ids: to know that, all images
+        are read as soon as one of the probes is missed. contents: whether images that have been encoded anew are others
+        as well. Raises DataError for an image that cannot be read.
         """
-        wanted, found, matching = dict(self.probes), set[int](), 0
+        digests = self._found_in(dataset)
+        same = {sample_id for sample_id, digest in self.probes if digests.get(sample_id) == digest}
+        if len(same if contents else digests) < KNOWN * len(self.probes):
+            return False
+        missed = {digest for sample_id, digest in self.probes if sample_id not in same}
+        if missed:
+            logger.warning(
+                "%d of %d images that the weights have learnt from are not here as they were; reading all images, to "
+                "see whether they lie under other names", len(missed), len(self.probes),
+            )  # fmt: skip
+        return not missed or not _hold(dataset, missed)
+
+    def one_lies_in(self, dataset: ImageDataset) -> bool:
+        """Whether some of the images lie in `dataset` by their ids, just as they were. Raises DataError."""
+        return any(digest == dict(self.probes)[sample_id] for sample_id, digest in self._found_in(dataset).items())
+
+    def _found_in(self, dataset: ImageDataset) -> dict[int, str]:
+        """`content_digest`, hex, of the images in the parts for training that have the ids of probes."""
+        wanted = [sample_id for sample_id, _ in self.probes]
+        found = {}
         for part in trained_parts(dataset.description)[0]:
             ids = dataset.sample_ids(part)
-            for position in np.flatnonzero(np.isin(ids, list(wanted))).tolist():
-                sample_id = int(ids[position])
-                found.add(sample_id)
-                matching += not contents or dataset.content_digest(part, position).hexdigest() == wanted[sample_id]
-        if matching < KNOWN * len(wanted):
-            return False
-        absent = {digest for sample_id, digest in self.probes if sample_id not in found}
-        return not absent or not _hold(dataset, absent)
+            for position in np.flatnonzero(np.isin(ids, wanted)).tolist():
+                found[int(ids[position])] = dataset.content_digest(part, position).hexdigest()
+        return found
 
     def reappear_in(self, dataset: ImageDataset) -> bool:
         """Whether the set holds one of the images, whatever its id; reads all of them. Raises DataError."""
@@ -69,16 +88,15 @@ class TrainedImages(BaseModel):
 
 
 def probes_of(dataset: ImageDataset, learnt: tuple[Selection, ...]) -> tuple[tuple[int, str], ...]:
-    """`PROBES` of the images, those of the lowest ids, as `TrainedImages` keeps them. Raises DataError."""
-    every = sorted(
-        (sample_id, s.part, position)
-        for s in learnt
-        for sample_id, position in zip(
-            dataset.sample_ids(s.part)[s.positions].tolist(), s.positions.tolist(), strict=True
-        )
-    )
+    """`PROBES` of the images, drawn by a hash of their ids, as `TrainedImages` keeps them. Raises DataError."""
+    drawn: list[tuple[float, int, str, int]] = []
+    for s in learnt:
+        ids = dataset.sample_ids(s.part)[s.positions]
+        at = hash_uniform(ids, PROBE_SALT)
+        drawn += [(float(at[k]), int(ids[k]), s.part, int(s.positions[k])) for k in np.argsort(at)[:PROBES]]
     return tuple(
-        (sample_id, dataset.content_digest(part, position).hexdigest()) for sample_id, part, position in every[:PROBES]
+        (sample_id, dataset.content_digest(part, position).hexdigest())
+        for _, sample_id, part, position in sorted(drawn)[:PROBES]
     )
 
 

@@ -1,6 +1,7 @@
 """Branches on several devices: each has one to itself, and fills the same tables."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -49,18 +50,14 @@ def test_two_branches_at_once_have_networks_of_their_own_that_fill_the_same_tabl
 
 @pytest.mark.parametrize("said", [None, "1"])
 def test_a_sweep_takes_every_core_unless_it_is_told_how_many(
-    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_threads: Callable[[int], None]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        device_of(small_config(tmp_path))
-        assert torch.get_num_threads() == (1 if said else len(os.sched_getaffinity(0)))
-    finally:
-        torch.set_num_threads(before)
+    torch_threads(1)
+    device_of(small_config(tmp_path))
+    assert torch.get_num_threads() == (1 if said else len(os.sched_getaffinity(0)))
 
 
 def test_the_device_that_is_named_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,19 +201,28 @@ def test_weights_do_not_speak_for_images_that_they_cannot_know(tmp_path: Path) -
     for file in anew.rglob("*.png"):
         Image.open(file).resize((20, 20)).save(file)
     explicit = same.config.dataset.model_dump(include={"trained_on", "trained_share", "trained_seed"})
-    renamed, thinned = tmp_path / "renamed", tmp_path / "thinned"
-    for to in (renamed, thinned):
+    renamed, thinned, shifted = tmp_path / "renamed", tmp_path / "thinned", tmp_path / "shifted"
+    for to in (renamed, thinned, shifted):
         shutil.copytree(tmp_path / "images", to)
     (renamed / "dog").rename(renamed / "hound")  # half of the images
     for file in [*(thinned / "cat").iterdir()][::6]:
         file.unlink()
+    cats = sorted((shifted / "cat").iterdir())
+    cats[75].unlink()
+    for before, after in pairwise(cats[75:]):  # the names stay, half of the cats have another
+        after.rename(before)
     assert set(asked(thinned, **explicit).sample_ids("test").tolist()) < set(same.sample_ids("test").tolist())
     refusals = [(moved.parent, {}), (moved.parent, explicit), (tmp_path / "other", {}), (anew, {}), (renamed, {}),
-                (renamed, explicit)]  # fmt: skip
+                (renamed, explicit), (shifted, {}), (shifted, explicit)]  # fmt: skip
+    others = r"that are not among these, or lie here under other names"
     for images, fields in refusals:
-        with pytest.raises(ConfigError, match=r"that are not among these, or lie here under other names"):
+        with pytest.raises(ConfigError, match=others):
             asked(images, **fields)
+    for images in (moved.parent, tmp_path / "other", anew):  # the user's word
         assert asked(images, trained_on="none").config.dataset.trained_on == "none"
+    for images in (renamed, shifted):  # where some lie as they were
+        with pytest.raises(ConfigError, match=others):
+            asked(images, trained_on="none")
     assert asked(anew, **explicit).sample_ids("test").tolist() == same.sample_ids("test").tolist()
     assert set(same.sample_ids("test").tolist()) <= set(asked(grown).sample_ids("test").tolist())
     start = {"checkpoint": raw["backbone"]["checkpoint"]}

@@ -20,7 +20,7 @@ from quee_core.data.splits import choose_splits, image_count
 from quee_core.errors import BackboneError, MissingDataError
 from quee_core.finetune_config import load_finetune_config
 from quee_core.finetuning import WEIGHTS
-from quee_core.plan import RANDOM_WEIGHTS
+from quee_core.plan import RANDOM_WEIGHTS, UNSAID
 from quee_core.record import SweepRecord
 from quee_core.runs import read_record
 from tests.published_files import CIFAR10_CLASSES, cifar_batch, encoded, python2_pickle
@@ -132,6 +132,7 @@ def test_a_plan_is_complete_without_files_and_says_which_are_missing(
     if "t2t7" in config.stem:  # the quick ones
         lines = quee(tmp_path, "plan", config).output.splitlines()
         assert [line for line in lines if line.startswith("missing: ")] == [f"missing: {data}", f"missing: {weights}"]
+        assert f"note: {UNSAID}" in lines
     assert not (tmp_path / "runs").exists()
     assert "data set" in refused(tmp_path, "sweep", config)
 

@@ -3,7 +3,7 @@
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,13 +288,6 @@ def test_names_that_are_nearly_right_are_suggested() -> None:
         make_predictor("mlp", {"learning_rat": 0.1})
     with pytest.raises(ConfigError, match=re.escape("predictor mlp: hidden.0: ")):
         make_predictor("mlp", {"hidden": [0]})
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @each_predictor

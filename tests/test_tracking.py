@@ -240,7 +240,10 @@ def test_artifacts_of_new_experiments_go_where_they_are_asked_to(
     record = record_of("elsewhere")
     run = tracked(sweep_at(mlflow_server.url, tmp_path, artifacts=str(tmp_path / "wanted")), record, tmp_path)
     assert client.get_run(run).info.artifact_uri.startswith((tmp_path / "wanted").as_uri())
-    assert (tmp_path / "wanted" / run / "artifacts" / "tables" / "fronts.csv").is_file()
+    artifacts = tmp_path / "wanted" / run / "artifacts"
+    assert (artifacts / "tables" / "fronts.csv").is_file()
+    assert (artifacts / "figures" / "front.html").is_file()
+    assert not (artifacts / "figures" / "front.png").exists()  # no pictures were asked for
 
 
 def test_where_artifacts_go(tmp_path: Path) -> None:

@@ -118,8 +118,11 @@ def _unpack(root: Path, piece: str) -> None:
                 parse_train_archive(beginning, archive)
             else:
                 parse_val_archive(beginning, archive, meta(root)[1])
-            if not _lies(root, piece):  # where there are no locks, another process may have been first
+            try:
                 (beginning / piece).rename(root / piece)
+            except OSError:
+                if not _lies(root, piece):  # where there are no locks, another process may have been first
+                    raise
     except (RuntimeError, ValueError, TypeError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{root / ARCHIVES[piece]}: cannot be unpacked: {' '.join(str(error).split())[:300]}") from None
     finally:

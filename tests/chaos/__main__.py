@@ -51,8 +51,11 @@ def chaos(folder: Path, rounds: int, seed: int, at_once: int) -> int:
                 if not row.missed:
                     break
             missed += row.missed
-        print(f"{at_once} processes at once", flush=True)
-        after = [*(played.at_once(at_once) if at_once else ()), *aftermath(around, killed)]
+        after = []
+        if at_once:
+            print(f"{at_once} processes at once", flush=True)
+            after += played.at_once(at_once)
+        after += aftermath(around, killed)
         if missed > rounds * MOST_MISSED:
             after.append(f"in {missed} of {rounds} rounds every sweep was over before anything befell it")
     print("".join(f"      {each}\n" for each in after), end="")
