@@ -13,27 +13,19 @@ from tests.chaos.watcher import Watcher
 from tests.dask_cluster import ROOT, wait_until
 from tests.feature_tables import numbered_cell, small_table
 
-HALF = len(HINDRANCES) // 2
+SEED = 0
 
 
-@pytest.mark.parametrize(
-    ("first", "rounds", "at_once"),
-    [  # side by side: they wait more than they compute
-        pytest.param(0, HALF, 8, marks=pytest.mark.xdist_group("chaos")),
-        pytest.param(HALF, len(HINDRANCES) - HALF, 0, marks=pytest.mark.xdist_group("more chaos")),
-    ],
-)
-def test_whatever_is_killed_or_hindered_the_same_command_ends_with_the_same_fronts(
-    first: int, rounds: int, at_once: int, tmp_path: Path
-) -> None:
-    asked = {"--rounds": rounds, "--seed": first, "--at-once": at_once, "--folder": tmp_path}
+@pytest.mark.xdist_group("chaos")
+def test_whatever_is_killed_or_hindered_the_same_command_ends_with_the_same_fronts(tmp_path: Path) -> None:
+    rounds = len(HINDRANCES)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", *(str(word) for pair in asked.items() for word in pair)],
+        [sys.executable, "-m", "tests.chaos", "--rounds", str(rounds), "--seed", str(SEED), "--folder", tmp_path],
         cwd=ROOT, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stdout
-    for hindrance in HINDRANCES[first : first + rounds]:
+    for hindrance in HINDRANCES:
         rows = [line for line in done.stdout.splitlines() if f"  {hindrance.name}  " in line]
         assert len([line for line in rows if " before " not in line]) == 1, f"{hindrance.name} befell no sweep"
 

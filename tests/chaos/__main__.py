@@ -15,6 +15,7 @@ from tests.chaos.surroundings import surroundings
 AGAIN = 1000  # to the seed of a round, for its next try: the last digit says what befalls it
 TRIES = 5  # of a round whose sweep was over before anything befell it: how long one takes differs on a busy machine
 MOST_MISSED = 0.1  # of the rounds, after all tries
+AT_ONCE = 8  # processes that compute the same sweep
 
 
 def main() -> int:
@@ -22,16 +23,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, help="of the first round, each other has the next (random)")
-    parser.add_argument("--at-once", type=int, default=8, help="then as many do the same sweep (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where servers and sweeps keep their files (a temporary one)")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends servers, and unmounts disks
     seed = random.SystemRandom().randrange(100_000) if asked.seed is None else asked.seed
     with tempfile.TemporaryDirectory(prefix="quee-chaos-", ignore_cleanup_errors=True) as scratch:
-        return chaos(asked.folder or Path(scratch), asked.rounds, seed, asked.at_once)
+        return chaos(asked.folder or Path(scratch), asked.rounds, seed)
 
 
-def chaos(folder: Path, rounds: int, seed: int, at_once: int) -> int:
+def chaos(folder: Path, rounds: int, seed: int) -> int:
     """Run the rounds, and print them as they end; 1 if anything is violated."""
     started = time.monotonic()
     with surroundings(folder) as around:
@@ -51,11 +51,8 @@ def chaos(folder: Path, rounds: int, seed: int, at_once: int) -> int:
                 if not row.missed:
                     break
             missed += row.missed
-        after = []
-        if at_once:
-            print(f"{at_once} processes at once", flush=True)
-            after += played.at_once(at_once)
-        after += aftermath(around, killed)
+        print(f"{AT_ONCE} processes at once", flush=True)
+        after = [*played.at_once(AT_ONCE), *aftermath(around, killed)]
         if missed > rounds * MOST_MISSED:
             after.append(f"in {missed} of {rounds} rounds every sweep was over before anything befell it")
     print("".join(f"      {each}\n" for each in after), end="")
