@@ -47,7 +47,8 @@ browser: # the report is tested in it, and it draws the front as PNG
 
 test: $(INSTALLED) browser check ## Linter, type checker and every test
 	@# four processes, two of which often wait, the longest tests first; more threads would stand in their way
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=180 \
+	  $(BIN)/pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
 chaos: $(INSTALLED) ## Kill or hinder whatever a sweep needs, at random moments: ROUNDS=60, SEED=… to repeat them
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))

@@ -1,6 +1,5 @@
 """A sweep with its store on S3: the same tables and fronts as on a disk, found again by few requests."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,18 +25,13 @@ def figures(record: SweepRecord) -> str:
 @pytest.mark.usefixtures("prefect_home")
 @pytest.mark.xdist_group("s3")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's
-def test_a_sweep_on_s3_gives_the_very_same_and_its_rerun_computes_nothing(
-    tmp_path: Path, s3_gate: S3Gate, monkeypatch: pytest.MonkeyPatch, torch_threads: Callable[[int], None]
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that a sweep leaves torch's threads as they are
+def test_a_sweep_on_s3_gives_the_very_same_and_its_rerun_computes_nothing(tmp_path: Path, s3_gate: S3Gate) -> None:
     on_disk, on_s3, url = tmp_path / "disk", tmp_path / "s3", f"s3://quee{tmp_path}"
     for folder, store in ((on_disk, "store"), (on_s3, url)):
         folder.mkdir()
         write_sweep(folder, run={"store": store})
-    torch_threads(2)
     record = finished(on_disk)
     assert s3_gate.requests == []
-    torch_threads(1)
 
     first = finished(on_s3)
     assert figures(first) == figures(record)
