@@ -34,7 +34,7 @@ from quee_core.finetune_config import FinetuneConfig, TrainingConfig
 from quee_core.fingerprints import fingerprint
 from quee_core.fronts import wilson_interval
 from quee_core.plan import weights_file
-from quee_core.trained_images import NOTE, TrainedImages, probes_of, read_trained_images
+from quee_core.trained_images import NOTE, Presence, TrainedImages, probes_of, read_trained_images
 from quee_core.whole_files import disk_faults, whole_file
 
 STATE = "training.pt"
@@ -145,7 +145,7 @@ def check_start(checkpoint: FilePath | None, seen: TrainedImages, dataset: Image
     before = read_trained_images(checkpoint)
     if before is None or before.name != seen.name:
         return
-    here = before.lie_in(dataset)
+    here = before.look_in(dataset) is Presence.WHOLE
     if here and before.settings == seen.settings:
         return
     if not here and not before.reappear_in(dataset):  # another set of that name

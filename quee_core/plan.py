@@ -29,7 +29,7 @@ from quee_core.fingerprints import code_version, environment_versions, fingerpri
 from quee_core.grid import check_clusters
 from quee_core.paths import FULL_PRECISION, Path, PathTree
 from quee_core.quantize.methods import quant_method
-from quee_core.trained_images import TrainedImages, read_trained_images
+from quee_core.trained_images import Presence, TrainedImages, read_trained_images
 
 WALKED: tuple[SplitName, ...] = ("target", "select", "test")  # of every plan
 UNSAID = "weights of `quee finetune` say which images they have seen; with such a checkpoint the splits are others"
@@ -223,13 +223,13 @@ def resolve(config: SweepConfig) -> SweepPlan:
         dataset = load_dataset(*place, unpack=False)
     except PackedDataError:
         dataset = None
-    weights = _Weights.of(config)
-    loaded = _load(config, weights)
+    checkpoint, head = _checkpoint(config), _head(config)
+    loaded = _load(config, checkpoint, head)
     if dataset is None:
         absent = AbsentSet(config.dataset.name)  # unpacking takes hours: what does not fit is refused before
-        _planned(absent, _with_images_seen(config, absent, weights.checkpoint), loaded)
+        _planned(absent, _with_images_seen(config, absent, checkpoint), loaded)
         dataset = load_dataset(*place)
-    return _planned(dataset, _with_images_seen(config, dataset, weights.checkpoint), loaded)
+    return _planned(dataset, _with_images_seen(config, dataset, checkpoint), loaded)
 
 
 def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
@@ -253,41 +253,33 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
         checkpoint = _checkpoint(config, offline=True)
         unsaid = ()
         config = _with_images_seen(config, dataset, checkpoint, look=config.dataset.url is None)
-        loaded = _load(config, _Weights.of(config, offline=True), offline=True)
+        loaded = _load(config, checkpoint, _head(config, offline=True), offline=True)
     except MissingWeightsError as error:
         missing.append(str(error))
         drawn = config.backbone.model_copy(
             update={"checkpoint": None, "head": None, "pretrained": False, "random_weights": True}
         )
-        loaded = _load(config.model_copy(update={"backbone": drawn}), _Weights())
+        loaded = _load(config.model_copy(update={"backbone": drawn}), None, None)
     planned = _planned(dataset, config, loaded)
     return replace(planned, cautions=planned.cautions + unsaid), tuple(missing)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Files of weights, where there are any, of the backbone and of a head of its own."""
-
-    checkpoint: FilePath | None = None
-    head: FilePath | None = None
-
-    @classmethod
-    def of(cls, config: SweepConfig, *, offline: bool = False) -> "_Weights":
-        """Those that the sweep names. Raises as `weights_file` does."""
-        given, root, runs = config.backbone, config.dataset.root, config.run.runs
-        return cls(_checkpoint(config, offline=offline), weights_file(given.head, root, runs, offline=offline))
-
-
-def _checkpoint(config: SweepConfig, *, offline: bool) -> FilePath | None:
+def _checkpoint(config: SweepConfig, *, offline: bool = False) -> FilePath | None:
     return weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
 
 
-def _load(config: SweepConfig, weights: _Weights, *, offline: bool = False) -> LoadedBackbone:
+def _head(config: SweepConfig, *, offline: bool = False) -> FilePath | None:
+    return weights_file(config.backbone.head, config.dataset.root, config.run.runs, offline=offline)
+
+
+def _load(
+    config: SweepConfig, checkpoint: FilePath | None, head: FilePath | None, *, offline: bool = False
+) -> LoadedBackbone:
     return load_backbone(
         config.backbone.name,
         exits=config.backbone.exits,
-        checkpoint=weights.checkpoint,
-        head=weights.head,
+        checkpoint=checkpoint,
+        head=head,
         num_classes=config.backbone.num_classes,
         pretrained=config.backbone.pretrained,
         image_size=config.backbone.image_size,
@@ -374,16 +366,16 @@ def _with_images_seen(
         return config
     agreed = all(getattr(asked, field) == value for field, value in said.settings.items())
     others = asked.trained_on not in (None, "share")
-    if not isinstance(dataset, AbsentSet) and not look and others:
-        return config
-    if not isinstance(dataset, AbsentSet) and look and not said.lie_in(dataset, contents=not agreed):
-        if others and not said.one_lies_in(dataset):
+    if not isinstance(dataset, AbsentSet):
+        seen = said.look_in(dataset, contents=not agreed) if look else None
+        if others and seen in (None, Presence.ABSENT):
             return config
-        raise ConfigError(
-            f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here under "
-            "other names, by which they are known, or encoded anew; lay them out as they were, or, if they lie here by "
-            f"those names, set {_settings(said)}, or, if none of them is here, dataset.trained_on: none"
-        )
+        if seen not in (None, Presence.WHOLE):
+            raise ConfigError(
+                f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here "
+                "under other names, by which they are known, or encoded anew; lay them out as they were, or, if they "
+                f"lie here by those names, set {_settings(said)}, or, if none of them is here, dataset.trained_on: none"
+            )
     if asked.trained_on is not None and not agreed:
         raise ConfigError(
             f"{checkpoint}: it was fine-tuned on images of {asked.name}, and its confidence there says nothing about "

@@ -1,6 +1,7 @@
 """Which images of a data set a backbone's weights have learnt from: a note that `quee finetune` leaves in them."""
 
 import logging
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,14 @@ PROBE_SALT = 5_000_000  # the seed of the hash that draws them
 KNOWN = 0.5  # share of them that must be there: others may have been taken out since
 
 logger = logging.getLogger(__name__)
+
+
+class Presence(Enum):
+    """How the images that weights have learnt from lie in a data set."""
+
+    WHOLE = "under their ids"
+    IN_PART = "some under their ids, as they were"
+    ABSENT = "none under its id, as it was"
 
 
 class TrainedImages(BaseModel):
@@ -49,7 +58,7 @@ class TrainedImages(BaseModel):
             "trained_on": self.trained_on, "trained_share": self.trained_share, "trained_seed": self.trained_seed,
         }  # fmt: skip
 
-    def lie_in(self, dataset: ImageDataset, *, contents: bool = True) -> bool:
+    def look_in(self, dataset: ImageDataset, *, contents: bool = True) -> Presence:
         """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
 
         Another set of the same name is not, nor one with some of the images under other ids: to know that, all images
@@ -58,19 +67,16 @@ class TrainedImages(BaseModel):
         """
         digests = self._found_in(dataset)
         same = {sample_id for sample_id, digest in self.probes if digests.get(sample_id) == digest}
+        otherwise = Presence.IN_PART if same else Presence.ABSENT
         if len(same if contents else digests) < KNOWN * len(self.probes):
-            return False
+            return otherwise
         missed = {digest for sample_id, digest in self.probes if sample_id not in same}
         if missed:
             logger.warning(
                 "%d of %d images that the weights have learnt from are not here as they were; reading all images, to "
                 "see whether they lie under other names", len(missed), len(self.probes),
             )  # fmt: skip
-        return not missed or not _hold(dataset, missed)
-
-    def one_lies_in(self, dataset: ImageDataset) -> bool:
-        """Whether some of the images lie in `dataset` by their ids, just as they were. Raises DataError."""
-        return any(digest == dict(self.probes)[sample_id] for sample_id, digest in self._found_in(dataset).items())
+        return otherwise if missed and _hold(dataset, missed) else Presence.WHOLE
 
     def _found_in(self, dataset: ImageDataset) -> dict[int, str]:
         """`content_digest`, hex, of the images in the parts for training that have the ids of probes."""
