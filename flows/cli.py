@@ -303,7 +303,12 @@ def explain(
 def figures(
     run: Annotated[str, typer.Argument(help="Name of a run, or the path of its record.json.", metavar="RUN")],
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Mean relative cost of the operating point shown; see README.")
+        float | None,
+        typer.Option(
+            "--budget",
+            help="Mean relative cost of the operating point of Fig. 1 and 2; else the cheapest within a point "
+            "of the best.",
+        ),
     ] = None,
     image: Annotated[
         int | None, typer.Option("--image", help="Sample id of the test image whose walk is shown; else a long walk.")

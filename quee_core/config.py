@@ -414,22 +414,25 @@ def load_config(path: FilePath) -> SweepConfig:
 
     Raises ConfigError that names file and field, with the nearest known name for a misspelt one.
     """
-    return parse_config(read_yaml(path), source=str(path))
+    raw = read_yaml(path, example="configs/quick.yaml")
+    if "training" in raw:
+        raise ConfigError(f"{path}: has a section training, so it is a fine-tuning; run `quee finetune {path}`")
+    return parse_config(raw, source=str(path))
 
 
-def read_yaml(path: FilePath) -> dict[str, Any]:
-    """The mapping in a YAML file; empty if the file is. Raises ConfigError that names it for anything else."""
+def read_yaml(path: FilePath, *, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError for anything else, which names the file and an `example`."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({reason}); want a YAML file such as configs/quick.yaml") from None
+        raise ConfigError(f"{path}: cannot be read ({reason}); want a YAML file such as {example}") from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if raw is None:
-        raw = {}
+        raise ConfigError(f"{path}: says nothing; want settings such as those of {example}, or {{}} for the defaults")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: want a mapping of sections at the top, found a {type(raw).__name__}")
     return raw

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from quee_core.config import Address, BackboneConfig, Section, checked, read_yaml
+from quee_core.config import Address, BackboneConfig, Section, SweepConfig, checked, read_yaml
+from quee_core.errors import ConfigError
 
 
 class FinetuneDataConfig(Section):
@@ -75,4 +76,10 @@ class FinetuneConfig(Section):
 
 def load_finetune_config(path: FilePath) -> FinetuneConfig:
     """Read a fine-tuning from YAML. Raises ConfigError that names file and field."""
-    return checked(FinetuneConfig, read_yaml(path), source=str(path))
+    raw = read_yaml(path, example="configs/finetune/cifar10_t2t7.yaml")
+    of_sweeps = sorted(raw.keys() & (SweepConfig.model_fields.keys() - FinetuneConfig.model_fields.keys()))
+    if of_sweeps and "training" not in raw:
+        raise ConfigError(
+            f"{path}: has {', '.join(of_sweeps)} and no training, so it is a sweep; run `quee sweep {path}`"
+        )
+    return checked(FinetuneConfig, raw, source=str(path))

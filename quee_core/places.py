@@ -47,7 +47,7 @@ def open_place(url: str, *, what: str = "store", patience: float = PATIENCE) -> 
         raise StoreError(
             f"{what} {url}: {protocol}:// needs a package that is not installed ({error}); {hint}"
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # some of fsspec's file systems ask their server at once
         raise StoreError(f"{what} {url}: {error}; want a folder, file://, memory:// or s3://") from error
     if not isinstance(fs, LocalFileSystem):
         return Place(fs, root)

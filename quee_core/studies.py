@@ -176,7 +176,10 @@ def walk_of_image(tables: FinishedTables, price: float, sample_id: int | None = 
     else:
         found = np.flatnonzero(ids == sample_id)
         if not len(found):
-            raise ConfigError(f"image {sample_id}: no test image of {tables.record.name} has this sample id")
+            raise ConfigError(
+                f"image {sample_id}: no test image of {tables.record.name} has this sample id; {len(ids)} have one "
+                f"from {ids.min()} to {ids.max()}, such as {ids[0]}"
+            )
         row = int(found[0])
     one = tables.test.take(np.array([row]))
     return walk_of(tables.policy, tables.costs, price, lambda _: one), int(ids[row])

@@ -1,5 +1,6 @@
 """A sweep's configuration: every fault is named with its file, its field and what would be right."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -59,12 +60,24 @@ def test_all_faults_are_told_at_once() -> None:
     assert "seed" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "\t\tx: 1"])
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "\t\tx: 1", "", "# all of it was commented out\n"])
 def test_what_is_no_mapping_is_refused_with_the_file_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"sweep\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize("path", FINETUNINGS, ids=lambda p: p.stem)
+def test_a_fine_tuning_is_no_sweep(path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"it is a fine-tuning; run `quee finetune {re.escape(str(path))}`"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_sweep_is_no_fine_tuning(path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"it is a sweep; run `quee sweep {re.escape(str(path))}`"):
+        load_finetune_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

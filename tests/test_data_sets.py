@@ -64,6 +64,9 @@ def test_a_missing_folder_is_named_with_what_is_expected_there(name: str, tmp_pa
         DataError, match=rf"data set {name}: folder {re.escape(str(absent))} is missing; expected there"
     ):
         load_dataset(name, absent)
+    absent.touch()
+    with pytest.raises(ConfigError, match=rf"data set {name}: {re.escape(str(absent))} is a file; name the folder"):
+        load_dataset(name, absent)
 
 
 # The bundled set

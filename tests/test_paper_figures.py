@@ -229,7 +229,9 @@ def test_the_commands_draw_and_explain(
         f"{name}.html" for name in ("fig1", "fig2", "fig3", "fig4", "fig5a", "fig5b", "fig5c")
     ]
     assert "gate 3-3: want one of" in refused(tmp_path, "figures", run, "--no-png", "--gate", "3-3")
-    assert "no test image of small has this sample id" in refused(tmp_path, "figures", run, "--image", "-5")
+    assert "no test image of small has this sample id; 120 have one from" in refused(
+        tmp_path, "figures", run, "--image", "-5"
+    )
     assert "the cheapest operating point costs" in refused(tmp_path, "figures", run, "--budget", "0.0001")
 
     Image.new("L", (28, 28), 90).save(tmp_path / "grey.png")

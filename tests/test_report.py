@@ -21,6 +21,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from quee_core.baselines import BASELINES
 from quee_core.record import BudgetRow, SegmentCost, SweepRecord
 from quee_core.report import figures, palette
 from quee_core.report.page import render
@@ -333,6 +334,16 @@ def test_hovering_a_front_tells_all_of_each_point(name: str) -> None:
             told += [f"n = {point.n:,}"] + ([] if point.price is None else [f"λ = {point.price:.4g}"])
             told += [] if point.setting.startswith("λ") else [point.setting]
             assert any(all(part in hover for part in told) for hover in hovers), told
+
+
+def test_each_method_has_a_marker_of_its_own_in_the_legend() -> None:
+    record = record_of("realistic")
+    rival = next(front for front in record.fronts if front.kind == "baseline")
+    fronts = [front for front in record.fronts if front.kind == "quee"]
+    fronts += [rival.model_copy(update={"method": name}) for name in ("gates", *BASELINES)]
+    drawn = figures.front(record.model_copy(update={"fronts": tuple(fronts)}))
+    markers = [(t.marker.symbol, t.marker.color) for t in drawn.data if t.showlegend and t.mode == "markers"]
+    assert len(markers) == len(set(markers)) == len(fronts)
 
 
 def test_points_that_were_not_chosen_stand_apart() -> None:

@@ -236,6 +236,11 @@ def test_an_unknown_kind_of_url_is_named() -> None:
         Store.open("carrier-pigeon://loft")
 
 
+def test_a_server_that_is_asked_when_its_store_is_opened_and_has_no_address_is_named() -> None:
+    with pytest.raises(StoreError, match=r"store ftp://nowhere\.invalid/x: .*want a folder, file://"):
+        Store.open("ftp://nowhere.invalid/x")
+
+
 def test_a_file_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="is a file; name a folder"):

@@ -386,7 +386,10 @@ def _published(name: str) -> PretrainedCfg:
             raise BackboneError(
                 f"{name}: not a timm VisionTransformer; only those can be cut into segments, see `quee backbones`"
             )
-        raise BackboneError(f"{name}: unknown backbone; {did_you_mean(architecture, (*BACKBONES, *known))}")
+        raise BackboneError(
+            f"{name}: unknown backbone; {did_you_mean(architecture, (*BACKBONES, *known))} "
+            "(`quee backbones list PATTERN` shows all that fit)"
+        )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise BackboneError(f"{name}: timm has no weights with the tag {tag!r}; {did_you_mean(tag, tags)}")

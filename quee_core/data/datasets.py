@@ -92,9 +92,12 @@ def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[
 
 
 def require_root(root: Path | None, name: str, expected: str) -> Path:
-    """The folder of a data set's files. Raises MissingDataError if it was not given or is not there."""
+    """The folder of a data set's files. Raises MissingDataError if it was not given or is not there,
+    ConfigError for a file."""
     if root is None:
         raise MissingDataError(f"data set {name}: needs a folder; give --data-root or dataset.root ({expected})")
+    if root.is_file():
+        raise ConfigError(f"data set {name}: {root} is a file; name the folder that holds {expected}")
     if not root.is_dir():
         raise MissingDataError(f"data set {name}: folder {root} is missing; expected there: {expected}")
     return root

@@ -356,7 +356,10 @@ def _empty(figure: go.Figure, why: str) -> go.Figure:
 
 
 def _styles(fronts: Sequence[FrontRecord]) -> dict[str, tuple[str, str, str]]:
-    symbols = ("square", "diamond", "triangle-up", "x", "pentagon", "star")
+    symbols = (
+        "square", "diamond", "triangle-up", "x", "pentagon", "star",
+        "cross", "triangle-down", "hourglass", "hexagon", "bowtie", "hexagram",
+    )  # fmt: skip
     styles: dict[str, tuple[str, str, str]] = {}
     baselines = 0
     for own in fronts:
@@ -366,7 +369,11 @@ def _styles(fronts: Sequence[FrontRecord]) -> dict[str, tuple[str, str, str]]:
             styles[own.method] = (palette.BOUND, "dot", "circle")
         else:
             lap, k = divmod(baselines, len(palette.BASELINES))
-            styles[own.method] = (palette.BASELINES[k], "solid" if not lap else "dash", symbols[k])
+            styles[own.method] = (
+                palette.BASELINES[k],
+                "solid" if not lap else "dash",
+                symbols[baselines % len(symbols)],
+            )
             baselines += 1
     return styles
 
