@@ -134,7 +134,7 @@ class DatasetConfig(Section):
 class BackboneConfig(Section):
     """A frozen pretrained classifier, and where it is cut."""
 
-    name: str = Field("micro_vit_fashion_mnist", description="A name that `quee backbones` lists.")
+    name: str = Field("micro_vit_fashion_mnist", description="A name that `quee backbones list` shows.")
     checkpoint: Address | None = Field(
         None,
         description="Weights: safetensors, or a pickle of plain tensors; a path, or an s3:// address. A relative path "

@@ -223,7 +223,7 @@ def resolve(config: SweepConfig) -> SweepPlan:
         dataset = load_dataset(*place, unpack=False)
     except PackedDataError:
         dataset = None
-    checkpoint, head = _checkpoint(config), _head(config)
+    checkpoint, head = (_weights(config, file) for file in (config.backbone.checkpoint, config.backbone.head))
     loaded = _load(config, checkpoint, head)
     if dataset is None:
         absent = AbsentSet(config.dataset.name)  # unpacking takes hours: what does not fit is refused before
@@ -250,10 +250,11 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
         dataset = AbsentSet(config.dataset.name)
     unsaid: tuple[str, ...] = (UNSAID,) if config.dataset.trained_on is None else ()
     try:
-        checkpoint = _checkpoint(config, offline=True)
+        checkpoint = _weights(config, config.backbone.checkpoint, offline=True)
         unsaid = ()
         config = _with_images_seen(config, dataset, checkpoint, look=config.dataset.url is None)
-        loaded = _load(config, checkpoint, _head(config, offline=True), offline=True)
+        head = _weights(config, config.backbone.head, offline=True)
+        loaded = _load(config, checkpoint, head, offline=True)
     except MissingWeightsError as error:
         missing.append(str(error))
         drawn = config.backbone.model_copy(
@@ -264,12 +265,8 @@ def outline(config: SweepConfig) -> tuple[SweepPlan, tuple[str, ...]]:
     return replace(planned, cautions=planned.cautions + unsaid), tuple(missing)
 
 
-def _checkpoint(config: SweepConfig, *, offline: bool = False) -> FilePath | None:
-    return weights_file(config.backbone.checkpoint, config.dataset.root, config.run.runs, offline=offline)
-
-
-def _head(config: SweepConfig, *, offline: bool = False) -> FilePath | None:
-    return weights_file(config.backbone.head, config.dataset.root, config.run.runs, offline=offline)
+def _weights(config: SweepConfig, address: str | None, *, offline: bool = False) -> FilePath | None:
+    return weights_file(address, config.dataset.root, config.run.runs, offline=offline)
 
 
 def _load(
@@ -367,10 +364,10 @@ def _with_images_seen(
     agreed = all(getattr(asked, field) == value for field, value in said.settings.items())
     others = asked.trained_on not in (None, "share")
     if not isinstance(dataset, AbsentSet):
-        seen = said.look_in(dataset, contents=not agreed) if look else None
-        if others and seen in (None, Presence.ABSENT):
+        presence = said.look_in(dataset, contents=not agreed) if look else None
+        if others and presence in (None, Presence.ABSENT):
             return config
-        if seen not in (None, Presence.WHOLE):
+        if presence not in (None, Presence.WHOLE):
             raise ConfigError(
                 f"{checkpoint}: it was fine-tuned on images of {asked.name} that are not among these, or lie here "
                 "under other names, by which they are known, or encoded anew; lay them out as they were, or, if they "

@@ -59,7 +59,7 @@ class TrainedImages(BaseModel):
         }  # fmt: skip
 
     def look_in(self, dataset: ImageDataset, *, contents: bool = True) -> Presence:
-        """Whether `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
+        """Whole if `dataset` is the set that was learnt from: its parts for training hold the images by their ids.
 
         Another set of the same name is not, nor one with some of the images under other ids: to know that, all images
         are read as soon as one of the probes is missed. contents: whether images that have been encoded anew are others

@@ -384,7 +384,7 @@ def _published(name: str) -> PretrainedCfg:
     if architecture not in known:
         if timm.is_model(architecture) and architecture != micro_vit.__name__:
             raise BackboneError(
-                f"{name}: not a timm VisionTransformer; only those can be cut into segments, see `quee backbones`"
+                f"{name}: not a timm VisionTransformer; only those can be cut into segments, see `quee backbones list`"
             )
         raise BackboneError(
             f"{name}: unknown backbone; {did_you_mean(architecture, (*BACKBONES, *known))} "

@@ -92,8 +92,10 @@ def check_labels(name: str, labels: NDArray[np.int64], classes: int) -> NDArray[
 
 
 def require_root(root: Path | None, name: str, expected: str) -> Path:
-    """The folder of a data set's files. Raises MissingDataError if it was not given or is not there,
-    ConfigError for a file."""
+    """The folder of a data set's files.
+
+    Raises MissingDataError if it was not given or is not there, ConfigError for a file.
+    """
     if root is None:
         raise MissingDataError(f"data set {name}: needs a folder; give --data-root or dataset.root ({expected})")
     if root.is_file():
